@@ -12,6 +12,7 @@ from lrc.compressors.estimates.estimate import Estimate
 from lrc.compressors.io.natural_order import natural
 from lrc.compressors.planning.coverage import Coverage, plan_coverage
 from lrc.compressors.planning.draft_speed import PredictedPair
+from lrc.compressors.planning.measures import GGUF
 from lrc.compressors.planning.plan import Plan
 from lrc.compressors.planning.predicted_times import predicted_times
 from lrc.compressors.planning.summary import WeightSummary, summarize
@@ -365,6 +366,11 @@ def _print_sizes(plan: Plan) -> None:
     if not any(t.pending and plan.allocations[t.allocation or 0].quantization for t in plan.tasks):
         whole += f", {plan.dense_parameters:,} -> {plan.compressed_parameters:,} parameters"
     OUT.print(whole)
+    if any(each.measure == GGUF for each in plan.allocations):
+        OUT.print(
+            "sizes above are those in a GGUF file; the checkpoint stores scales of super-blocks "
+            "in 16 bits and is larger"
+        )
     if plan.model.source_quantized:
         OUT.print(
             f"the source file is itself quantized and takes "

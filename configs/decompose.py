@@ -70,9 +70,10 @@ class DecomposeBase(Strict):
     drafter: Budgets | None = None
     """Instead of `keep`: budgets below 1, of which the one is used that is predicted to make the
     fastest pair of the source model and the result as its drafter. For `lagrangian` allocation."""
-    measure: Literal["bits", "macs", "latency"] = "bits"
-    """What `keep` is a fraction of: stored bits, multiply-adds per token, or the time of the
-    products on the device that runs `lrc compress` or that `latency_table` was made on."""
+    measure: Literal["bits", "macs", "latency", "gguf"] = "bits"
+    """What `keep` is a fraction of: stored bits, multiply-adds per token, the time of the products
+    on the device that runs `lrc compress` or that `latency_table` was made on, or, for integers of
+    `mixed`, the bits in a GGUF file."""
     allocation: Allocation = "uniform"
     rank_multiple: PositiveInt = 1
     """Ranks are multiples of this number; 8 to 128 suit tensor cores and group sizes."""
@@ -167,6 +168,11 @@ class DecomposeBase(Strict):
             raise ValueError(
                 f"'{idle[0]}' has no effect with measure: {self.measure}; remove it, or choose "
                 "measure: latency"
+            )
+        if self.measure == "gguf" and self.method != "mixed":
+            raise ValueError(
+                "'measure' can only be gguf with method: mixed, of whose integers GGUF has blocks, "
+                f"got method: {self.method}; choose measure: bits"
             )
         if self.keep is not None and self.min_keep > self.keep:
             raise ValueError(

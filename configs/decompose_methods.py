@@ -325,6 +325,12 @@ class Mixed(DecomposeBase):
                 "'schemes' save bits and no multiply-adds, got measure: macs; choose measure: bits "
                 "or latency, or remove 'schemes'"
             )
+        if self.measure == "gguf" and set(self.components) != {"dense"}:
+            raise ValueError(
+                "measure: gguf counts matrices of integers only, got components: "
+                f"[{', '.join(self.components)}]; write components: [dense], or choose measure: "
+                "bits"
+            )
         if not self.schemes and set(self.components) == {"dense"} and self.plan is None:
             raise ValueError(
                 "components: [dense] needs 'schemes' to make anything smaller, got none; add some, "

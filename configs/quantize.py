@@ -8,7 +8,7 @@ from lrc.configs.decompose import Compensate
 from lrc.configs.engines import Serve, engine_problem
 from lrc.configs.strict import Damp, Strict
 
-SCHEME = r"int[2-8](-g[1-9][0-9]{0,8})?(-asymmetric)?"
+SCHEME = r"int[2-8]((-g[1-9][0-9]{0,8})?(-asymmetric)?|-g(1|2|4|8|16|32|64|128|256)-s256)"
 """Pattern of an integer format, without anchors."""
 
 SchemeName = Annotated[
@@ -18,7 +18,7 @@ SchemeName = Annotated[
         json_schema_extra={
             "x-words": "an integer format such as int8, int4-g64 or int3-g32-asymmetric",
             "x-remedy": "write int2 to int8, optionally followed by -gSIZE (SIZE numbers of a row "
-            "share a scale) and -asymmetric",
+            "share a scale) and -asymmetric, or -s256 for super-blocks of 256 as in K-quants",
         },
     ),
 ]

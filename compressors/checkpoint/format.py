@@ -51,9 +51,10 @@ and the `config.json` of the original architecture. In addition:
   32)], int32, the codes of a row one after the other from the lowest bit, each plus 2^(bits - 1);
   ``M_scale`` [rows, groups]; ``M_shape`` [2], int64; with ``-asymmetric`` also ``M_zero_point``
   [ceil(rows * bits / 32), groups], int32, packed along the columns. ``int8`` has one group per
-  row, ``int4-g64`` one for every 64 columns. A number is (code - zero point) * scale. Values are
-  stored in one row as ``values_packed`` [1, ceil(count * bits / 32)] and ``values_scale``
-  [ceil(count / group)], with groups of 128 if the quantization has none.
+  row, ``int4-g64`` one for every 64 columns. With ``int3-g16-s256`` the scales of every 256 columns
+  are multiples of a common number, and stored as all others. A number is (code - zero point) *
+  scale. Values are stored in one row as ``values_packed`` [1, ceil(count * bits / 32)] and
+  ``values_scale`` [ceil(count / group)], with groups of 128 if the quantization has none.
 
   With ``"pattern": "2:4"`` exactly two of every four consecutive columns of the mask are set. The
   pattern of a ``tensor_train`` component, such as ``"24x24,32x48"``, has the factors of d_out and

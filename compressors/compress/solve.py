@@ -142,7 +142,7 @@ def _encoded(
     """
     component, *others = task.config.components
     args = component.quantization
-    group_size = 1 if args is None else args.group_size or 1
+    group_size = 1 if args is None else args.row_multiple
     rank = component.sizes["rank"]
     if others:
         return _refined(task, curve, dtype)

@@ -28,6 +28,8 @@ FORWARD_WIDTHS, FORWARD_STATES = 4, 4
 COMPARED = 9
 """Tensors of `PIECE_LOGITS` while two models are compared."""
 DOUBLE = 8
+ROUNDING = 4
+"""Copies in double precision of a matrix that is rounded to nearest."""
 PINNED = 1.25
 """Pinned memory of results over their size: PyTorch rounds it up to a power of two for each tensor.
 So much for the moments of layers of Llama shapes."""
@@ -225,9 +227,15 @@ def _evaluation(work: Workload, free: int) -> Need:
     running = itemsize * window * (FORWARD_STATES * work.width + FORWARD_WIDTHS * widest)
     running += compared
     if work.streams(free):
-        ends = 2 * itemsize * (work.embedding + work.heads)
-        layer = 2 * itemsize * max(work.dense_layers)
-        return Need(ends + layer + running, work.itemsize * work.embedding)
+        # The embedding, the layers and the heads are in memory in turn; the next layer is read
+        # while one computes, and the heads of two models are compared.
+        layers = 2 * itemsize * max(work.dense_layers)
+        if work.evaluate.baselines:
+            largest = max(one.d_out * one.d_in for each in work.linears for one in each.values())
+            layers += ROUNDING * DOUBLE * largest
+        heads = itemsize * (work.heads or work.embedding) * (2 if work.compares else 1)
+        parts = itemsize * work.embedding, layers, heads
+        return Need(max(parts) + running, work.itemsize * work.embedding)
     # While a model is loaded on a CPU, the pages of its file are in memory too.
     loading = [sizes.dense + work.plan.dense_bytes, sizes.dense + running]
     if work.compares:

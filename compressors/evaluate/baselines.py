@@ -129,7 +129,7 @@ def _quantized(scheme: QuantizationArgs, targets: Targets) -> Baseline:
     undivided: Counter[int] = Counter()
     for name, shape in targets.shapes.items():
         own = scheme
-        if scheme.group_size is not None and shape[1] % scheme.group_size:
+        if not scheme.divides(shape[1]):
             own = QuantizationArgs(scheme.bits, symmetric=scheme.symmetric)
             undivided[shape[1]] += 1
         stored[name] = own
@@ -140,7 +140,7 @@ def _quantized(scheme: QuantizationArgs, targets: Targets) -> Baseline:
         rows = ", ".join(str(width) for width in sorted(undivided))
         how += (
             f"; one scale a row in {undivided.total()} of {len(stored)} matrices, whose rows of "
-            f"{rows} numbers are not divisible into groups of {scheme.group_size}"
+            f"{rows} numbers are not divisible into groups of {scheme.row_multiple}"
         )
     return Baseline(str(scheme), how, stored, bits, targets)
 

@@ -1,12 +1,13 @@
-"""The block types of GGUF that store the integers of lrc, and those that floats are rounded to.
+"""Blocks of GGUF: encoding of the integers of lrc, and of floats.
 
 A block holds 32 consecutive numbers of a row: a float16 scale ``d``, in some types a float16
 minimum ``m``, and unsigned codes q of 4, 5 or 8 bits. A number is ``d * (q - offset)`` or
 ``d * q + m``. The lower four bits of the codes j and j + 16 share byte j; the fifth bits of all
 codes form one 32-bit word. A scale of lrc that serves several blocks is repeated.
-"""
 
-from dataclasses import dataclass
+A super-block holds 256 numbers, in 16 groups with an integer scale s each: a number is
+``d * s * (q - offset)``.
+"""
 
 import numpy as np
 import torch
@@ -15,43 +16,25 @@ from torch import Tensor
 
 from lrc.compressors.export.stored_weights import Integers
 from lrc.compressors.layers import QuantizationArgs
-
-BLOCK = 32
-
-
-@dataclass(frozen=True)
-class BlockType:
-    """A block type, and the schemes of lrc that it stores."""
-
-    kind: GGMLQuantizationType
-    bits: int
-    """Of a code."""
-    symmetric: bool
-    """Whether blocks have no minimum."""
+from lrc.compressors.layers.gguf_types import BLOCK, BlockType
+from lrc.compressors.layers.quantization_args import SUPER_BLOCK
+from lrc.compressors.layers.super_blocks import split_scales
 
 
-BLOCK_TYPES = (
-    BlockType(GGMLQuantizationType.Q4_0, 4, True),
-    BlockType(GGMLQuantizationType.Q4_1, 4, False),
-    BlockType(GGMLQuantizationType.Q5_0, 5, True),
-    BlockType(GGMLQuantizationType.Q5_1, 5, False),
-    BlockType(GGMLQuantizationType.Q8_0, 8, True),
-)
-"""In ascending order of size."""
+def kind_of(found: BlockType) -> GGMLQuantizationType:
+    """Return the type as the gguf package names it."""
+    return GGMLQuantizationType[found.name]
 
 
-def block_type(args: QuantizationArgs, columns: int) -> BlockType | str:
-    """Return the smallest block type for a matrix, or a clause that says why there is none."""
-    if columns % BLOCK:
-        return f"its rows of {columns} numbers are not a multiple of {BLOCK}"
-    if args.group_size is not None and args.group_size % BLOCK:
-        return f"the groups of {args} are not a multiple of {BLOCK}"
-    found = (b for b in BLOCK_TYPES if b.symmetric == args.symmetric and b.bits >= args.bits)
-    return next(found, f"no block type of GGUF has minimums and codes of {args.bits} bits")
+def inexact_scales(scale: Tensor, args: QuantizationArgs) -> str | None:
+    """Return a clause if GGUF cannot hold scales exactly.
 
-
-def inexact_scales(scale: Tensor) -> str | None:
-    """Return a clause if scales are not exact in float16, the type of scales in GGUF."""
+    Its scales are float16; those of super-blocks are multiples of a number in float16.
+    """
+    if args.super_blocks:
+        if split_scales(scale, args) is not None:
+            return None
+        return f"its scales are no longer multiples of a common number, as those of {args} were"
     inexact = scale.float() != scale.to(torch.float16).float()
     if not inexact.any():
         return None
@@ -79,6 +62,8 @@ def encode_integers(found: BlockType, integers: Integers) -> np.ndarray:
     """
     codes, scale, zero = integers
     rows, columns = codes.shape
+    if found.super_blocks:
+        return _super_blocks(found, codes, scale)
     repeats = columns // BLOCK // scale.shape[1]
     parts = [_halves(scale, repeats)]
     offset = 1 << (found.bits - 1)
@@ -94,6 +79,58 @@ def encode_integers(found: BlockType, integers: Integers) -> np.ndarray:
         low = unsigned & 0xF
         parts.append(low[..., : BLOCK // 2] | (low[..., BLOCK // 2 :] << 4))
     return torch.cat(parts, dim=-1).flatten(1).numpy()
+
+
+def _super_blocks(found: BlockType, codes: Tensor, scale: Tensor) -> np.ndarray:
+    """Return super-blocks of Q3_K or Q6_K."""
+    rows, columns = codes.shape
+    blocks = columns // SUPER_BLOCK
+    args = QuantizationArgs(found.bits, columns // scale.shape[1], super_blocks=True)
+    split = split_scales(scale, args)
+    assert split is not None, "inexact_scales has checked them"
+    common, multiples = split
+    d = common.contiguous().view(torch.uint8).view(rows, blocks, 2)
+    s = multiples.repeat_interleave(columns // found.group // scale.shape[1], dim=1)
+    s = s.view(rows, blocks, SUPER_BLOCK // found.group)
+    q = (codes.view(rows, blocks, SUPER_BLOCK) + (1 << (found.bits - 1))).view(torch.uint8)
+    pack = _q3_k if found.bits == 3 else _q6_k
+    encoded: np.ndarray = torch.cat(pack(q, s, d), dim=-1).flatten(1).numpy()
+    return encoded
+
+
+def _q3_k(q: Tensor, s: Tensor, d: Tensor) -> list[Tensor]:
+    """Return third bits, lower bits, scales and ``d`` of codes q in [0, 8), uint8.
+
+    Byte j of each half of the lower bits has those of the codes j, j + 32, j + 64 and j + 96. Byte
+    j of the third bits has those of the codes j, j + 32 and so on. Scales are stored plus 32: the
+    lower four bits of s[j] and s[j + 8] share byte j of 8 bytes, and the upper two bits of s[j],
+    s[j + 4], s[j + 8] and s[j + 12] byte j of the 4 that follow.
+    """
+    high = _joined((q >> 2).unflatten(-1, (8, 32)), 1)
+    low = _joined((q & 3).unflatten(-1, (2, 4, 32)), 2).flatten(-2)
+    stored = (s + 32).view(torch.uint8)
+    nibbles = _joined((stored & 0xF).unflatten(-1, (2, 8)), 4)
+    rest = _joined((stored >> 4).unflatten(-1, (4, 4)), 2)
+    return [high, low, nibbles, rest, d]
+
+
+def _q6_k(q: Tensor, s: Tensor, d: Tensor) -> list[Tensor]:
+    """Return lower bits, upper bits, scales and ``d`` of codes q in [0, 64), uint8.
+
+    Of each half of the codes, byte j of 64 has the lower four bits of the codes j and j + 64, and
+    byte j of 32 the upper two of j, j + 32, j + 64 and j + 96.
+    """
+    low = _joined((q & 0xF).unflatten(-1, (2, 2, 64)), 4).flatten(-2)
+    high = _joined((q >> 4).unflatten(-1, (2, 4, 32)), 2).flatten(-2)
+    return [low, high, s.view(torch.uint8), d]
+
+
+def _joined(parts: Tensor, bits: int) -> Tensor:
+    """Put fields [..., n, width] of so many bits into bytes [..., width], the first one lowest."""
+    joined = torch.zeros_like(parts[..., 0, :])
+    for number in range(parts.shape[-2]):
+        joined |= parts[..., number, :] << (bits * number)
+    return joined
 
 
 def encode_floats(kind: GGMLQuantizationType, matrix: Tensor) -> np.ndarray:

@@ -11,16 +11,15 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, TensorNameMap
 from torch import Tensor
 
 from lrc.compressors.export.gguf_blocks import (
-    BLOCK,
-    BlockType,
-    block_type,
     encode_floats,
     encode_integers,
     inexact_scales,
+    kind_of,
 )
 from lrc.compressors.export.gguf_families import ALTERNATIVE, Family
 from lrc.compressors.export.stored_weights import Integers, StoredWeights
 from lrc.compressors.io.shortened import shortened
+from lrc.compressors.layers.gguf_types import BLOCK, BlockType, block_type
 from lrc.configs.errors import ExportError
 from lrc.configs.export_types import FLOAT_TYPES, GGUF_TYPES
 from lrc.configs.size import size_texts
@@ -142,7 +141,7 @@ class TensorPlanner:
             return tensor(GGMLQuantizationType.F32, "vectors", self._vector)
         exact = self._exact_of_all(origin.members)
         if isinstance(exact, BlockType):
-            return tensor(exact.kind, "integers", partial(self._integers, found=exact))
+            return tensor(kind_of(exact), "integers", partial(self._integers, found=exact))
         requested = self._requested(name)
         if requested is None:
             requested = self._default(origin.members, exact)
@@ -177,7 +176,7 @@ class TensorPlanner:
         found = block_type(args, config.shape[1])
         if isinstance(found, str):
             return found
-        return inexact_scales(self.weights.scale(name.removesuffix(".weight"))) or found
+        return inexact_scales(self.weights.scale(name.removesuffix(".weight")), args) or found
 
     def _requested(self, name: str) -> str | None:
         return (self.embeddings if name in self._ends else None) or self.matrices

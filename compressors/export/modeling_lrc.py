@@ -52,11 +52,11 @@ class Scheme(NamedTuple):
         text = record.get("quantization")
         if text is None:
             return None
-        found = re.fullmatch(r"int(\d)(?:-g(\d+))?(-asymmetric)?", text)
+        found = re.fullmatch(r"int(\d)(?:-g(\d+))?(-asymmetric|-s256)?", text)
         if found is None:
             raise ValueError(f"unknown quantization {text!r}")
-        bits, group, asymmetric = found.groups()
-        return cls(int(bits), int(group) if group else None, asymmetric is None)
+        bits, group, rest = found.groups()
+        return cls(int(bits), int(group) if group else None, rest != "-asymmetric")
 
 
 def unpack_integers(packed: Tensor, bits: int, columns: int) -> Tensor:

@@ -2,8 +2,10 @@
 
 The string form is the one that recipes and configs use: ``int8`` has one scale per row,
 ``int4-g64`` one scale for every 64 numbers of a row, and ``int4-g64-asymmetric`` adds a zero point
-per scale. Tensors follow the ``pack-quantized`` format of compressed-tensors, so that libraries
-which read that format can read a weight that consists of one quantized matrix.
+per scale. With ``int3-g16-s256`` the scales of every super-block, 256 numbers of a row, are small
+multiples of a common number, as in the K-quants of llama.cpp. Tensors follow the ``pack-quantized``
+format of compressed-tensors, so that libraries which read that format can read a weight that
+consists of one quantized matrix.
 """
 
 import re
@@ -17,7 +19,9 @@ import torch
 MIN_BITS, MAX_BITS = 2, 8
 VALUES_GROUP = 128
 """Values per scale where `group_size` is None and the numbers are not arranged in rows."""
-PATTERN = re.compile(r"int(\d)(?:-g([1-9]\d*))?(-asymmetric)?")
+SUPER_BLOCK = 256
+"""Numbers of a row whose scales are multiples of a common number."""
+PATTERN = re.compile(rf"int(\d)(?:-g([1-9]\d*))?(-s{SUPER_BLOCK}|-asymmetric)?")
 
 
 class TensorSpec(NamedTuple):
@@ -49,12 +53,20 @@ class QuantizationArgs:
     """Consecutive numbers of a row that share a scale; None for the whole row."""
     symmetric: bool = True
     """Whether code 0 represents zero; otherwise every scale has a zero point."""
+    super_blocks: bool = False
+    """Whether the scales of every `SUPER_BLOCK` numbers are multiples of a common number."""
 
     def __post_init__(self) -> None:
         if not MIN_BITS <= self.bits <= MAX_BITS:
             raise ValueError(f"bits must be in [{MIN_BITS}, {MAX_BITS}], got {self.bits}")
         if self.group_size is not None and self.group_size < 1:
             raise ValueError(f"group_size must be at least 1, got {self.group_size}")
+        if self.super_blocks and (self.group_size is None or SUPER_BLOCK % self.group_size):
+            raise ValueError(
+                f"group_size must divide the super-block of {SUPER_BLOCK}, got {self.group_size}"
+            )
+        if self.super_blocks and not self.symmetric:
+            raise ValueError("super-blocks have symmetric schemes only, got symmetric=False")
 
     @classmethod
     @cache
@@ -69,15 +81,18 @@ class QuantizationArgs:
         found = PATTERN.fullmatch(text)
         if found is None:
             raise ValueError(
-                f"must be written like int8, int4-g64 or int4-g64-asymmetric, got {text!r}"
+                "must be written like int8, int4-g64, int4-g64-asymmetric or int3-g16-s256, got "
+                f"{text!r}"
             )
-        bits, group, asymmetric = found.groups()
-        return cls(int(bits), None if group is None else int(group), asymmetric is None)
+        bits, group, rest = found.groups()
+        group_size = None if group is None else int(group)
+        return cls(int(bits), group_size, rest != "-asymmetric", rest not in (None, "-asymmetric"))
 
     def __str__(self) -> str:
         """Return the string form."""
         group = "" if self.group_size is None else f"-g{self.group_size}"
-        return f"int{self.bits}{group}{'' if self.symmetric else '-asymmetric'}"
+        rest = f"-s{SUPER_BLOCK}" if self.super_blocks else "" if self.symmetric else "-asymmetric"
+        return f"int{self.bits}{group}{rest}"
 
     @property
     def lowest(self) -> int:
@@ -89,9 +104,14 @@ class QuantizationArgs:
         """The largest code."""
         return (1 << (self.bits - 1)) - 1
 
+    @property
+    def row_multiple(self) -> int:
+        """The number of which the length of a row must be a multiple."""
+        return SUPER_BLOCK if self.super_blocks else self.group_size or 1
+
     def divides(self, columns: int) -> bool:
-        """Return whether rows of `columns` numbers consist of whole groups."""
-        return self.group_size is None or columns % self.group_size == 0
+        """Return whether rows of `columns` numbers consist of whole groups and super-blocks."""
+        return columns % self.row_multiple == 0
 
     def groups(self, columns: int) -> int:
         """Return the number of scales per row.
@@ -102,8 +122,9 @@ class QuantizationArgs:
             If the group size does not divide the row.
         """
         if not self.divides(columns):
+            unit = "super-block" if self.super_blocks else "group size"
             raise ValueError(
-                f"rows of {columns} numbers are not a multiple of the group size {self.group_size}"
+                f"rows of {columns} numbers are not a multiple of the {unit} {self.row_multiple}"
             )
         return 1 if self.group_size is None else columns // self.group_size
 

@@ -94,7 +94,7 @@ def candidates_for(task: LayerTask, curve: Curve, allocation: Allocation) -> lis
                         loss = lost[rank] + LOW_RANK_ERROR * error
                         found.append(Candidate(steps.config(rank), cost, loss))
         for point in curve.points:
-            if "+" in point.types and args is not None and (args.group_size or 1) > 1:
+            if "+" in point.types and args is not None and args.row_multiple > 1:
                 continue  # its rank is not a multiple of the group size
             components = components_of(point.types, point.sizes, pattern=task.pattern)
             config = task.with_components(components).quantized(args)
@@ -112,7 +112,7 @@ def _ranks(
     steps: SizeSteps, largest: int, allocation: Allocation, limit: int
 ) -> Iterator[tuple[int, int]]:
     """Yield ranks up to `largest` with costs from the floor of an allocation to below `limit`."""
-    group = 1 if steps.args is None else steps.args.group_size or 1
+    group = 1 if steps.args is None else steps.args.row_multiple
     multiple = lcm(allocation.rank_multiple, group)
     floor = allocation.min_keep * steps.task.dense_cost(allocation.measure)
     for rank in range(multiple, largest + 1, multiple):

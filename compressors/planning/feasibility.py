@@ -32,7 +32,7 @@ def _cheapest(task: LayerTask, allocation: Allocation) -> int:
     floor = allocation.min_keep * task.dense_cost(measure)
     costs = [task.dense_cost(measure)]
     for args in schemes_for(task, allocation.quantization):
-        group = 1 if args is None else args.group_size or 1
+        group = 1 if args is None else args.row_multiple
         configs = [] if args is None else [SizeSteps(task, "dense", args).config(1)]
         for types in allocation.types:
             if types in LOW_RANK_TYPES or isinstance(METHODS[task.method], FixedSizeMethod):

@@ -1,4 +1,4 @@
-"""Measures of the cost of a weight, of which a budget is a fraction: bits, multiply-adds, time."""
+"""Measures of the cost of a weight: bits, multiply-adds, time. A budget is a fraction of it."""
 
 from abc import ABC, abstractmethod
 from math import prod
@@ -8,6 +8,7 @@ from pydantic import PlainSerializer, PlainValidator
 
 from lrc.compressors.latency.latency_table import LatencyTable
 from lrc.compressors.layers import WeightConfig
+from lrc.compressors.layers.gguf_types import BlockType, block_type
 
 
 class Measure(ABC):
@@ -57,6 +58,24 @@ class MultiplyAdds(Measure):
         return config.multiply_adds()
 
 
+class GgufBits(Measure):
+    """Bits in a GGUF file, which holds matrices of integers in blocks and all others in 16 bits."""
+
+    name, words = "gguf", "bits in GGUF"
+
+    def dense(self, shape: tuple[int, int], bits: int) -> int:
+        """Return the bits."""
+        return bits
+
+    def compressed(self, config: WeightConfig, bits: int) -> int:
+        """Return the bits of the smallest block type, or of the dense matrix."""
+        args, size = config.quantization, prod(config.shape)
+        found = None if args is None else block_type(args, config.shape[1])
+        if config.types == "dense" and isinstance(found, BlockType):
+            return size // found.block * found.bytes * 8
+        return size * 16
+
+
 class Latency(Measure):
     """Nanoseconds of the product on the device of a table.
 
@@ -88,20 +107,20 @@ class Latency(Measure):
         return bits if self.table is None else self.table.of(config)
 
 
-BITS, MACS = Bits(), MultiplyAdds()
+BITS, MACS, GGUF = Bits(), MultiplyAdds(), GgufBits()
 
 
 def measure_of(name: str, table: LatencyTable | None = None) -> Measure:
     """Return the measure that a recipe names."""
-    measures: dict[str, Measure] = {each.name: each for each in (BITS, MACS)}
+    measures: dict[str, Measure] = {each.name: each for each in (BITS, MACS, GGUF)}
     return measures[name] if name in measures else Latency(table)
 
 
 def _parse(value: object) -> Measure:
     if isinstance(value, Measure):
         return value
-    if value not in (BITS.name, MACS.name, Latency.name):
-        raise ValueError(f"must be bits, macs or latency, got {value!r:.60}")
+    if value not in (BITS.name, MACS.name, GGUF.name, Latency.name):
+        raise ValueError(f"must be bits, macs, gguf or latency, got {value!r:.60}")
     return measure_of(str(value))
 
 

@@ -45,7 +45,7 @@ def _offered(task: LayerTask, choices: Choices) -> Iterator[tuple[ComponentConfi
         if args is not None:
             yield SizeSteps(task, "dense", args).config(1).components
         for types in choices.types:
-            group = 1 if args is None else args.group_size or 1
+            group = 1 if args is None else args.row_multiple
             if "+" in types and group > 1:
                 continue  # never offered, see `candidates_for`
             ratios = choices.ratios if types == "dictionary" else (2.0,)

@@ -240,7 +240,7 @@ def _largest_fitting(task: LayerTask, config: WeightConfig) -> tuple[int, str]:
     last = config.components[-1]
     name = list(last.sizes)[-1]
     args = last.quantization
-    step = args.group_size or 1 if args is not None and name == "rank" else 1
+    step = args.row_multiple if args is not None and name == "rank" else 1
 
     def bits(size: int) -> int:
         changed = replace(last, sizes={**last.sizes, name: size})

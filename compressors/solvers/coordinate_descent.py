@@ -6,10 +6,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from lrc.compressors.layers.quantization_args import SUPER_BLOCK
+from lrc.compressors.layers.super_blocks import split_scales
 from lrc.compressors.solvers.column_quantizer import ColumnQuantizer
 from lrc.compressors.solvers.cpu_threads import one_thread
 from lrc.compressors.solvers.linalg import add_product_, damping_
 from lrc.compressors.solvers.quantized_matrix import QuantizedMatrix
+from lrc.compressors.solvers.super_blocks import multiples
 
 PASSES = 3  # after GPTQ
 BLOCK = 256
@@ -23,8 +26,9 @@ def coordinate_descent(
 
     For every group of columns, a pass first sets the scale of each row to the best one for its
     codes, rounded to the dtype of the file and only if that lowers the error, and then every column
-    of the group to the best codes while all others are fixed. The updates of the columns are those
-    of QuantEase, https://arxiv.org/abs/2309.01885.
+    of the group to the best codes while all others are fixed. Scales of super-blocks stay multiples
+    of their common number. The updates of the columns are those of QuantEase,
+    https://arxiv.org/abs/2309.01885.
 
     `W` [..., rows, columns] and `H` [..., columns, columns], one or a stack of them, are in
     float64; `damp` times the mean diagonal of H is added to its diagonal. With the damping of GPTQ
@@ -48,6 +52,7 @@ def _descended(
     width = columns // start.scale.shape[-1]
     scale = start.scale.mT.to(dtype).repeat_interleave(width, dim=-2)  # [..., columns, rows]
     zero = None if start.zero is None else start.zero.mT.to(dtype).repeat_interleave(width, dim=-2)
+    common = _common_numbers(start, dtype)
     steps = start.codes.mT.to(dtype, copy=True)  # [..., columns, rows]
     if zero is not None:
         steps -= zero
@@ -70,6 +75,7 @@ def _descended(
                         H[..., left, left],
                         width,
                         start.scale.dtype,
+                        None if common is None else common[..., group // SUPER_BLOCK, :],
                     )
             values = steps[..., block, :] * scale[..., block, :]
             error[..., block, :] = values.sub_(W[..., block, :])
@@ -79,6 +85,15 @@ def _descended(
         codes=codes.mT.to(torch.int8).contiguous(),
         scale=scale[..., ::width, :].mT.to(start.scale.dtype).contiguous(),
     )
+
+
+def _common_numbers(start: QuantizedMatrix, dtype: torch.dtype) -> Tensor | None:
+    """Return the common number of every super-block [..., blocks, rows], if there are any."""
+    if not start.scheme.super_blocks:
+        return None
+    split = split_scales(start.scale.flatten(0, -2), start.scheme)
+    assert split is not None, "the search for the grid has chosen them"
+    return split[0].view(*start.scale.shape[:-1], -1).mT.to(dtype)
 
 
 def update_columns_(
@@ -119,11 +134,12 @@ def _descend_group_(
     H: Tensor,
     width: int,
     dtype: torch.dtype,
+    common: Tensor | None,
 ) -> None:
     """Change the scales, which are stored in `dtype`, and codes of the first `width` columns.
 
     The tensors are those of `update_columns_`, of these columns and of later ones whose slopes are
-    needed; `scale` is updated in place, too.
+    needed; `scale` is updated in place, too. Scales stay multiples of `common` [..., rows].
     """
     where = slice(0, width)
     inside, before = steps[..., where, :], scale[..., 0, :]
@@ -131,6 +147,8 @@ def _descend_group_(
     first = (inside * slope[..., where, :]).sum(dim=-2)  # [..., rows], half the derivative
     second = (inside * seen[..., where, :]).sum(dim=-2)
     best = before - torch.where(second > 0, first / second, 0)
+    if common is not None:
+        best = common * multiples(best / common)
     change = best.to(dtype).to(before) - before
     helps = (change * (2 * first + change * second) < 0) & (before + change != 0)
     change = torch.where(helps, change, 0)[..., None, :]

@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 
 from lrc.compressors.layers import QuantizationArgs, WeightConfig
 from lrc.compressors.layers.experts import GroupedExperts
+from lrc.compressors.layers.gguf_types import EXACT_SCHEMES, BlockType, block_type
 from lrc.compressors.methods.base import LOW_RANK_TYPES
 from lrc.compressors.methods.table import METHODS
 from lrc.compressors.models.architecture import Architecture, Linear
@@ -291,6 +292,15 @@ def _check_options(draft: Draft, found: DecomposeTargets) -> None:
                 f"(row lengths: {', '.join(map(str, widths))}), got {scheme}; change the number "
                 "after -g, or remove the scheme",
             )
+        elif options.measure == "gguf" and widths:
+            types = [block_type(args, width) for width in widths]
+            if not any(isinstance(each, BlockType) for each in types):
+                problems.add(
+                    "no-block-type",
+                    f"{where}.schemes[{number}]",
+                    f"must be stored exactly by a block type of GGUF, got {scheme}: {types[0]}; "
+                    f"use some of {', '.join(map(str, EXACT_SCHEMES))}",
+                )
 
 
 def _from_user_plan(draft: Draft, found: DecomposeTargets) -> list[LayerTask]:

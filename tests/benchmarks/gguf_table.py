@@ -50,25 +50,28 @@ def _joint(keep: float) -> list[str]:
 
 OURS = {
     "lrc int4-g32": ["gptq.yaml", f"stages.0.quantize={json.dumps(GPTQ)}"],
+    "lrc gguf 3.5": _joint(0.219),
+    "lrc gguf 4": _joint(0.25),
     "lrc gguf 4.5": _joint(0.282),
     "lrc gguf 4.6": _joint(0.2895),
-    "lrc gguf 4.6 head8": _joint(0.2895),
     "lrc gguf 5": _joint(0.314),
     "lrc gguf 5.5": _joint(0.345),
     "lrc gguf 6.5": _joint(0.407),
 }
-"""Row -> recipe and overrides; the numbers are bits per weight, of which 4.5 is the minimum.
+"""Row -> recipe and overrides; the numbers are bits per weight, of which 3.44 is the minimum.
 
-4.6 and 5.5 are the sizes of Q3_K_M and Q4_K_M where rows are no multiples of 256.
+Where rows are no multiples of 256, the minimum is 4.5, and 4.6 and 5.5 are the sizes of Q3_K_M and
+Q4_K_M.
 """
 ENDS = {
     "lrc int4-g32": ("int4-g32", "int5-g32"),
-    "lrc gguf 4.5": ("int4-g32", "int5-g32"),
-    "lrc gguf 4.6": ("int4-g32", "int5-g32"),
-    "lrc gguf 4.6 head8": ("int4-g32", "int8-g32"),
-    "lrc gguf 5": ("int5-g32", "int5-g32"),
-    "lrc gguf 5.5": ("int5-g32", "int8-g32"),
-    "lrc gguf 6.5": ("int8-g32", "int8-g32"),
+    "lrc gguf 3.5": ("int3-g16-s256", "int6-g16-s256"),
+    "lrc gguf 4": ("int4-g32", "int6-g16-s256"),
+    "lrc gguf 4.5": ("int4-g32", "int6-g16-s256"),
+    "lrc gguf 4.6": ("int4-g32", "int6-g16-s256"),
+    "lrc gguf 5": ("int5-g32", "int6-g16-s256"),
+    "lrc gguf 5.5": ("int5-g32", "int6-g16-s256"),
+    "lrc gguf 6.5": ("int6-g16-s256", "int6-g16-s256"),
 }
 """Row -> formats of embedding and head of a model whose head is not tied; a tied one has int8.
 
@@ -119,10 +122,6 @@ class Task:
         """Return the file with the measurements of a row."""
         return self.output / "rows" / f"{row.replace(' ', '-')}.json"
 
-    def ours(self) -> list[str]:
-        """Return the rows of lrc that differ for this model."""
-        return [row for row in OURS if not (self.tied and row.endswith("head8"))]
-
     @cached_property
     def tied(self) -> bool:
         """Whether the head is the embedding."""
@@ -141,7 +140,7 @@ class Task:
 def every_row(task: Task) -> list[str]:
     """Return the names of the rows, those that take longest first."""
     imatrix = [f"{each} imatrix" for each in THEIRS]
-    return [*task.ours(), *EXACT, *imatrix, *THEIRS]
+    return [*OURS, *EXACT, *imatrix, *THEIRS]
 
 
 def main() -> int:

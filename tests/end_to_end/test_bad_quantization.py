@@ -57,6 +57,26 @@ STAGES: dict[str, tuple[list[dict[str, Any]], str, str, tuple[str, ...]]] = {
         "stages[1].quantize.group_size",
         ("rows of 5); make their ranks multiples of it",),
     ),
+    "a scheme without blocks of GGUF": (
+        [
+            decompose(
+                "mixed", components=["dense"], schemes=["int4-g32", "int4-g16"], measure="gguf"
+            )
+        ],
+        "no-block-type",
+        "stages[0].decompose.schemes[1]",
+        ("got int4-g16: the groups of int4-g16 are not a multiple of 32; use some of int3-g16-s",),
+    ),
+    "super-blocks that no row fills": (
+        [
+            decompose(
+                "mixed", components=["dense"], schemes=["int8-g16", "int3-g16-s256"], measure="bits"
+            )
+        ],
+        "indivisible-rows",
+        "stages[0].decompose.schemes[1]",
+        ("(row lengths: 32, 48), got int3-g16-s256; ", "remove the scheme"),
+    ),
     "groups larger than every rank": (
         [decompose("svd"), gptq(group_size=32, ignore=["*.down_proj"])],
         "out-of-range",

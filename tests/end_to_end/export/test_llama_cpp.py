@@ -135,6 +135,41 @@ def test_logits_of_checkpoints_are_those_of_transformers(
         assert len({*metadata["deci.feed_forward_length"]}) == 2
 
 
+def test_super_blocks_are_planned_by_their_bits_in_gguf(
+    llama: LlamaCpp,
+    save_family: Callable[..., Any],
+    tiny_recipe: Callable[..., Path],
+    lrc: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    save_family(tmp_path / "source", intermediate_size=256)
+    schemes = ["int6-g16-s256", "int4-g32", "int3-g16-s256"]
+    options = {"method": "mixed", "measure": "gguf", "components": ["dense"], "schemes": schemes}
+    recipe = tiny_recipe(
+        tmp_path / "source",
+        tmp_path / "run",
+        stages=[{"decompose": {**options, "keep": 0.3, "embeddings": "int8-g32"}}],
+    )
+    assert "sizes above are those in a GGUF file" in lrc("plan", recipe).out
+    assert lrc("compress", recipe).code == 0
+    checkpoint, out = tmp_path / "run" / "checkpoint", tmp_path / "out.gguf"
+    assert lrc("export", checkpoint, out, "--format", "gguf").code == 0
+    tensors = [each for each in GGUFReader(out).tensors if len(each.shape) == 2]
+    layers = [each for each in tensors if each.name.startswith("blk.")]
+    kinds = {each.tensor_type.name for each in layers}
+    assert kinds & {"Q3_K", "Q6_K"}
+    assert kinds <= {"Q3_K", "Q4_0", "Q6_K", "BF16"}
+    # Rows of 64 numbers have no super-blocks, so that their matrices take 4.5 or 16 bits.
+    n_bytes, numbers = (
+        sum(int(getattr(each, key)) for each in layers) for key in ("n_bytes", "n_elements")
+    )
+    assert 0.27 * 16 < 8 * n_bytes / numbers <= 0.3 * 16
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    with llama.open(out) as opened:
+        found = opened.logits(TOKENS)
+    assert correlation(found, reference(model.eval())) > 0.999
+
+
 @pytest.mark.parametrize("prefix", ["never", "first"])
 def test_pieces_are_split_as_in_tokenizers(
     prefix: str,

@@ -8,15 +8,16 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 from torch import Tensor
 
 from lrc.compressors.export.gguf_blocks import (
-    BlockType,
-    block_type,
     encode_floats,
     encode_integers,
     inexact_scales,
+    kind_of,
 )
 from lrc.compressors.export.stored_weights import Integers
 from lrc.compressors.layers import ComponentConfig, QuantizationArgs, WeightConfig
-from lrc.compressors.layers.config import SENTINEL_BITS
+from lrc.compressors.layers.gguf_types import BLOCK_TYPES, EXACT_SCHEMES, BlockType, block_type
+from lrc.compressors.planning.measures import BITS, GGUF
+from lrc.compressors.solvers.quantized_matrix import round_to_nearest
 from lrc.configs import shipped
 
 ROWS, COLUMNS = 6, 192
@@ -44,10 +45,10 @@ def integers(args: QuantizationArgs) -> Integers:
 def expected(found: Integers) -> Tensor:
     """Return ``(codes - zero) * scale`` in float64, in which it is exact."""
     codes, scale, zero = found
-    steps = codes.double().view(ROWS, scale.shape[1], -1)
+    steps = codes.double().view(*scale.shape, -1)
     if zero is not None:
         steps = steps - zero.double()[:, :, None]
-    return (steps * scale.double()[:, :, None]).view(ROWS, COLUMNS)
+    return (steps * scale.double()[:, :, None]).flatten(1)
 
 
 def blocks(args: QuantizationArgs) -> BlockType:
@@ -60,7 +61,7 @@ def blocks(args: QuantizationArgs) -> BlockType:
 @pytest.mark.parametrize("bits", SMALLEST)
 def test_symmetric_integers_are_exact_in_the_smallest_type(bits: int, group: str) -> None:
     args = QuantizationArgs.parse(f"int{bits}{group}")
-    found, kind = integers(args), blocks(args).kind
+    found, kind = integers(args), kind_of(blocks(args))
     assert kind.name == SMALLEST[bits]
     encoded = encode_integers(blocks(args), found)
     block, size = GGML_QUANT_SIZES[kind]
@@ -75,7 +76,7 @@ def test_asymmetric_integers_are_exact_up_to_the_float16_of_minimums(
     bits: int, name: str, group: str
 ) -> None:
     args = QuantizationArgs.parse(f"int{bits}{group}-asymmetric")
-    found, kind = integers(args), blocks(args).kind
+    found, kind = integers(args), kind_of(blocks(args))
     assert kind.name == name
     decoded = torch.from_numpy(quants.dequantize(encode_integers(blocks(args), found), kind))
     difference = (decoded.double() - expected(found)).view(ROWS, found.scale.shape[1], -1)
@@ -88,16 +89,77 @@ def test_asymmetric_integers_are_exact_up_to_the_float16_of_minimums(
     assert rounding.abs().max() <= minimum.abs().max() * 2.0**-11
 
 
-def test_sizes_of_the_recipe_for_gguf_are_those_of_the_blocks() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("scheme", "name"),
+    [
+        ("int2-g16-s256", "Q3_K"),
+        ("int3-g16-s256", "Q3_K"),
+        ("int3-g64-s256", "Q3_K"),
+        ("int4-g16-s256", "Q6_K"),
+        ("int6-g16-s256", "Q6_K"),
+        ("int6-g256-s256", "Q6_K"),
+    ],
+)
+def test_integers_of_super_blocks_are_exact(scheme: str, name: str, dtype: torch.dtype) -> None:
+    args, columns = QuantizationArgs.parse(scheme), 512
+    W = torch.randn(7, columns, generator=torch.Generator().manual_seed(0))
+    W[0] = 0
+    W[1, 16:512] = 0
+    W[2] *= 1e-6  # scales that are small next to the smallest numbers of float16
+    W[3] *= 2000
+    W[4, ::16] *= 100
+    W[5, 256:] *= -1e-3
+    matrix = round_to_nearest(W, args, dtype=dtype)
+    found = Integers(matrix.codes, matrix.scale, None)
+    kind = block_type(args, columns)
+    assert isinstance(kind, BlockType)
+    assert kind.name == name
+    assert inexact_scales(found.scale, args) is None
+    encoded = encode_integers(kind, found)
+    assert encoded.shape == (7, columns // kind.block * kind.bytes)
+    decoded = torch.from_numpy(quants.dequantize(encoded, kind_of(kind))).double()
+    assert torch.equal(decoded, expected(found))
+
+
+def test_scales_that_have_no_common_number_are_named() -> None:
+    args = QuantizationArgs.parse("int3-g16-s256")
+    scale = torch.arange(1, 17, dtype=torch.float16)[None]
+    assert inexact_scales(scale, args) is None
+    scale[0, 3] += 0.25
+    assert "multiples of a common number" in (inexact_scales(scale, args) or "")
+    scale[0, 3] = torch.inf
+    assert inexact_scales(scale, args) is not None
+
+
+def test_sizes_are_those_of_the_blocks() -> None:
+    assert [each.name for each in BLOCK_TYPES] == sorted(
+        (each.name for each in BLOCK_TYPES),
+        key=lambda name: np.divide(*GGML_QUANT_SIZES[GGMLQuantizationType[name]][::-1]),
+    )
+    for kind in BLOCK_TYPES:
+        assert (kind.block, kind.bytes) == GGML_QUANT_SIZES[kind_of(kind)]
+
+
+def test_the_recipe_for_gguf_counts_the_bits_of_the_blocks() -> None:
     options = yaml.safe_load(shipped.read("gguf"))["stages"][0]["decompose"]
+    assert options["measure"] == GGUF.name
+    rows, columns = 6, 512
     for scheme in [*options["schemes"], options["embeddings"]]:
         args = QuantizationArgs.parse(scheme)
-        component = ComponentConfig("dense", {}, args)
-        config = WeightConfig((ROWS, COLUMNS), (component,))
-        shape_bits = 2 * 64  # the stored shape
-        counted = config.stored_bits(16) - SENTINEL_BITS - shape_bits
-        block, size = GGML_QUANT_SIZES[blocks(args).kind]
-        assert counted == ROWS * COLUMNS // block * size * 8
+        assert args in EXACT_SCHEMES
+        kind = block_type(args, columns)
+        assert isinstance(kind, BlockType)
+        config = WeightConfig((rows, columns), (ComponentConfig("dense", {}, args),))
+        found = round_to_nearest(torch.ones(rows, columns), args, dtype=torch.bfloat16)
+        encoded = encode_integers(kind, Integers(found.codes, found.scale, None))
+        assert GGUF.compressed(config, config.stored_bits(16)) == 8 * encoded.size
+    # What has no block type is stored as a dense matrix.
+    for text in ("int4-g16", "int6-g32-asymmetric"):
+        component = ComponentConfig("dense", {}, QuantizationArgs.parse(text))
+        config = WeightConfig((rows, columns), (component,))
+        assert GGUF.compressed(config, 0) == rows * columns * 16
+    assert GGUF.dense((rows, columns), 7) == BITS.dense((rows, columns), 7)
 
 
 @pytest.mark.parametrize(
@@ -107,6 +169,9 @@ def test_sizes_of_the_recipe_for_gguf_are_those_of_the_blocks() -> None:
         ("int4-g48", 96, "groups of int4-g48"),
         ("int8", 48, "rows of 48"),
         ("int6-g32-asymmetric", 64, "codes of 6 bits"),
+        ("int3-g16-s256", 576, "rows of 576 numbers are not a multiple of 256"),
+        ("int3-g8-s256", 512, "groups of int3-g8-s256"),
+        ("int8-g16-s256", 512, "super-blocks with codes of 8 bits"),
     ],
 )
 def test_schemes_without_a_block_type_are_named(scheme: str, columns: int, reason: str) -> None:
@@ -116,11 +181,12 @@ def test_schemes_without_a_block_type_are_named(scheme: str, columns: int, reaso
 
 
 def test_scales_that_float16_rounds_are_found() -> None:
+    args = QuantizationArgs.parse("int4-g32")
     exact = torch.tensor([[2.0**-17 * 1.5, 3.0]], dtype=torch.bfloat16)
-    assert inexact_scales(exact) is None
+    assert inexact_scales(exact, args) is None
     small = torch.tensor([[2.0**-30, 3.0]], dtype=torch.bfloat16)
-    assert "1 of 2 scales" in (inexact_scales(small) or "")
-    assert inexact_scales(torch.tensor([[0.1]])) is not None
+    assert "1 of 2 scales" in (inexact_scales(small, args) or "")
+    assert inexact_scales(torch.tensor([[0.1]]), args) is not None
 
 
 @pytest.mark.parametrize("name", ["F32", "F16", "BF16", "Q8_0", "Q4_0"])

@@ -10,7 +10,7 @@ WRITTEN = [
     for bits in range(2, 9)
     for group in ("", "-g1", "-g64", "-g128")
     for zero in ("", "-asymmetric")
-]
+] + ["int3-g16-s256", "int6-g256-s256"]
 
 
 @pytest.mark.parametrize("written", WRITTEN)
@@ -22,11 +22,24 @@ def test_the_parts_of_the_string_form_are_parsed():
     assert QuantizationArgs.parse("int8") == QuantizationArgs(8)
     assert QuantizationArgs.parse("int4-g64") == QuantizationArgs(4, 64)
     assert QuantizationArgs.parse("int3-g32-asymmetric") == QuantizationArgs(3, 32, symmetric=False)
+    assert QuantizationArgs.parse("int3-g16-s256") == QuantizationArgs(3, 16, super_blocks=True)
 
 
 @pytest.mark.parametrize(
     "written",
-    ["", "int", "int44", "4", "int4-g0", "int4-g", "int4g64", "INT4", "int4-g64-", " int4"],
+    [
+        "",
+        "int",
+        "int44",
+        "4",
+        "int4-g0",
+        "int4-g",
+        "int4g64",
+        "INT4",
+        "int4-g64-",
+        " int4",
+        "int4-g16-s128",
+    ],
 )
 def test_other_texts_are_rejected(written):
     with pytest.raises(ValueError, match="must be written like"):
@@ -39,6 +52,14 @@ def test_bits_out_of_range_are_rejected(bits):
         QuantizationArgs.parse(f"int{bits}")
     with pytest.raises(ValueError, match="group_size must be at least 1, got 0"):
         QuantizationArgs(4, 0)
+
+
+@pytest.mark.parametrize("written", ["int3-s256", "int3-g48-s256", "int3-g512-s256"])
+def test_groups_must_divide_their_super_block(written):
+    with pytest.raises(ValueError, match="group_size must divide the super-block of 256, got"):
+        QuantizationArgs.parse(written)
+    with pytest.raises(ValueError, match="symmetric schemes only"):
+        QuantizationArgs(4, 16, symmetric=False, super_blocks=True)
 
 
 def test_codes_are_signed():
@@ -55,6 +76,9 @@ def test_groups_fill_the_rows():
         ValueError, match="rows of 100 numbers are not a multiple of the group size 64"
     ):
         QuantizationArgs(4, 64).groups(100)
+    assert QuantizationArgs.parse("int3-g16-s256").groups(512) == 32
+    with pytest.raises(ValueError, match=r"rows of 576 .* not a multiple of the super-block 256"):
+        QuantizationArgs.parse("int3-g16-s256").groups(576)
 
 
 def test_bits_of_a_matrix_are_codes_scales_and_zero_points():
