@@ -75,7 +75,8 @@ OLDEST := .cache/transformers-$(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/
 oldest: install $(OLDEST)
 	PYTHONPATH=$(CURDIR)/$(OLDEST) $(BIN)/python -m pytest -q -m oldest -n $(JOBS) --dist worksteal \
 	  tests/end_to_end/test_components.py tests/end_to_end/test_experts.py \
-	  tests/end_to_end/test_images.py tests/unit/compressors/models
+	  tests/end_to_end/test_images.py tests/unit/compressors/models \
+	  tests/unit/compressors/benchmark/test_rotary_tables.py
 
 $(OLDEST): | $(VENV)/installed
 	mkdir -p .cache

@@ -16,9 +16,9 @@ from lrc.compressors.corpus.documents import check_source
 from lrc.compressors.corpus.windows import evaluation_windows
 from lrc.compressors.evaluate.side_by_side import refuse_pair
 from lrc.compressors.io.machine import Machine
-from lrc.compressors.io.shortened import shortened
 from lrc.compressors.layers.shared_ends import share_embeddings
 from lrc.compressors.models.model_kinds import kind_of, refuse_encoder_decoder
+from lrc.compressors.models.same_tokens import why_no_drafter
 from lrc.configs.errors import ModelError, Problem, UsageError
 from lrc.configs.recipe import Perplexity
 
@@ -99,17 +99,9 @@ def _check_pair(parent: str, drafter: str, skeletons: dict[str, Skeleton]) -> No
             f"--draft: must be another model than the parent, got {drafter} twice; give the folder "
             "of a compressed checkpoint"
         )
-    sizes = [skeletons[p].model.config.get_text_config().vocab_size for p in (parent, drafter)]
-    vocabularies = [skeletons[path].tokenizer.get_vocab() for path in (parent, drafter)]
-    differ = sorted(dict(vocabularies[0].items() ^ vocabularies[1].items()))
-    why = f"they differ in {shortened([repr(each) for each in differ], ', ')}"
-    if sizes[0] != sizes[1]:
-        why = f"the models have {sizes[0]:,} and {sizes[1]:,} tokens"
-    if differ or sizes[0] != sizes[1]:
-        text = (
-            f"{drafter} must have the tokens of {parent}, because drafts are compared token by "
-            f"token, but {why}; give a model that was compressed from {parent}"
-        )
+    tokens = skeletons[parent].tokens, skeletons[drafter].tokens
+    if (why := why_no_drafter(drafter, parent, tokens)) is not None:
+        text = f"{why}; give a model that was compressed from {parent}"
         raise UsageError([Problem("other-tokenizer", "--draft", text)])
     for path, each in skeletons.items():
         try:

@@ -17,6 +17,7 @@ from lrc.compressors.evaluate.streaming_rule import why_too_large
 from lrc.compressors.io.machine import OnStep
 from lrc.compressors.models import source as models
 from lrc.compressors.models.model_kinds import kind_of
+from lrc.compressors.models.same_tokens import Tokens
 from lrc.configs.recipe import Evaluate, Model
 
 
@@ -30,10 +31,14 @@ class Skeleton:
     tokenizer: Any
     warnings: list[str]
 
+    @property
+    def tokens(self) -> Tokens:
+        """The meaning of its token ids."""
+        return Tokens.of(self.model.config, self.tokenizer)
+
     def has_vocabulary_of(self, other: "Skeleton") -> bool:
         """Return whether its tokens are those of another checkpoint."""
-        sizes = {each.model.config.get_text_config().vocab_size for each in (self, other)}
-        return len(sizes) == 1 and bool(self.tokenizer.get_vocab() == other.tokenizer.get_vocab())
+        return self.tokens == other.tokens
 
     def bytes_on(self, device: str) -> int:
         """Return the memory that the whole model takes at least."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 from lrc.compressors.benchmark.grid import SEED, Mode, Point
+from lrc.compressors.benchmark.rotary_tables import ConstantTables
 from lrc.compressors.io.machine import release_memory
 from lrc.compressors.models.configuration import first_line
 from lrc.compressors.solvers.cuda_graphs import record
@@ -104,8 +105,8 @@ class StaticDecoder(Decoder):
         batch, length = prompt.shape
         self.token, self.position = (prompt.new_zeros(batch, 1) for _ in range(2))
         # Also long enough for the steps before one is recorded.
-        longest = length + max(tokens, WARM_UP + 1)
-        self.cache = StaticCache(config=model.config, max_cache_len=longest)
+        self._longest = length + max(tokens, WARM_UP + 1)
+        self.cache = StaticCache(config=model.config, max_cache_len=self._longest)
         self._next: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = self._plain
 
     def prefill(self) -> None:
@@ -148,8 +149,14 @@ class CompiledDecoder(StaticDecoder):
         own = FunctionType(step.__code__.replace(), globals(), closure=step.__closure__)
         self._next = torch.compile(own, fullgraph=True, mode=mode)
         self.prefill()  # allocates the cache, which compiled code would take for a new tensor
+        self._tables = ConstantTables(model, self._longest)
         for _ in range(WARM_UP):
             self.step()
+
+    def step(self) -> None:
+        """Run the compiled step."""
+        with self._tables.kept():
+            super().step()
 
 
 class GraphDecoder(StaticDecoder):
@@ -160,7 +167,8 @@ class GraphDecoder(StaticDecoder):
         self.prefill()
         for _ in range(WARM_UP):
             super().step()
-        self._repeat = recorded(super().step, prompt.device, "a step")
+        with ConstantTables(model, self._longest).kept():
+            self._repeat = recorded(super().step, prompt.device, "a step")
 
     def step(self) -> None:
         """Repeat the recorded step."""

@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import count
 from typing import Any
 
 import torch
@@ -54,21 +55,16 @@ class Loop:
     """A way to generate, by the parent alone and by the pair."""
 
     name: str
-    runs: Mapping[str, Callable[[Tensor], Generated]]
-    """``parent`` and ``pair`` -> a function of a prompt [1, n]."""
+    runs: Mapping[str, Callable[[Tensor, int], Generated]]
+    """``parent`` and ``pair`` -> a function of a prompt [1, n] and a number of new tokens."""
     speeds: dict[str, list[float]] = field(default_factory=lambda: {ALONE: [], PAIR: []})
     """Tokens per second, one entry per repetition of all prompts."""
 
-    def time(self, prompts: list[Tensor]) -> None:
-        """Add a repetition; the parent and the pair take turns."""
-        seconds, tokens = dict.fromkeys(self.runs, 0.0), dict.fromkeys(self.runs, 0)
-        for prompt in prompts:
-            for who, run in self.runs.items():
-                done = run(prompt)
-                seconds[who] += done.seconds
-                tokens[who] += done.timed
-        for who in self.runs:
-            self.speeds[who].append(tokens[who] / seconds[who])
+    def add(self, done: Mapping[str, list[Generated]]) -> None:
+        """Add the speeds of a repetition, in which the parent and the pair took turns."""
+        for who, texts in done.items():
+            seconds = sum(each.seconds for each in texts)
+            self.speeds[who].append(sum(each.timed for each in texts) / seconds)
 
     def to_json(self) -> dict[str, Any]:
         """Return median tokens per second, and the median over repetitions of their ratio."""
@@ -142,7 +138,7 @@ class DraftingBenchmark:
         dict
             JSON values: ``acceptance`` by text, ``speed`` and ``exact`` by loop, ``memory``.
         """
-        settings, total = self._settings, self._settings.repeats + 1
+        settings = self._settings
         accepted: dict[str, list[int]] = {name: [] for name in prompts}
         exact: dict[str, Any] = {loop.name: {"texts": 0, "differ": []} for loop in self.loops}
         texts = [
@@ -150,17 +146,25 @@ class DraftingBenchmark:
             for name, found in prompts.items()
             for each in found
         ]
-        for name, prompt in texts:  # which also chooses kernels and fills caches
-            for loop in self.loops:
-                alone, pair = (loop.runs[who](prompt).tokens for who in (ALONE, PAIR))
-                exact[loop.name]["texts"] += 1
-                exact[loop.name]["differ"] += self._differences(name, prompt, alone, pair)
-            accepted[name] += self._pair.rounds
-        on_step("drafting", 1, total)
+        turns = [(loop, who, run) for loop in self.loops for who, run in loop.runs.items()]
+        for _, _, run in turns:  # chooses kernels, and compiles some of them
+            run(texts[0][1], settings.drafts + 2)
+        steps, total = count(1), settings.repeats * len(texts) * len(turns)
         for number in range(settings.repeats):
+            done: dict[str, Any] = {loop.name: {ALONE: [], PAIR: []} for loop in self.loops}
+            for name, prompt in texts:
+                for loop, who, run in turns:
+                    done[loop.name][who].append(run(prompt, settings.tokens))
+                    on_step("drafting", next(steps), total)
+                if number:
+                    continue  # with the same tokens
+                accepted[name] += self._pair.rounds
+                for loop in self.loops:
+                    alone, pair = (done[loop.name][who][-1].tokens for who in (ALONE, PAIR))
+                    exact[loop.name]["texts"] += 1
+                    exact[loop.name]["differ"] += self._differences(name, prompt, alone, pair)
             for loop in self.loops:
-                loop.time([prompt for _, prompt in texts])
-            on_step("drafting", number + 2, total)
+                loop.add(done[loop.name])
         return {
             "settings": asdict(settings),
             "acceptance": {
@@ -196,12 +200,12 @@ class DraftingBenchmark:
             }
         ]
 
-    def _generate(self, prompt: Tensor, assistant: Any = None) -> Generated:
+    def _generate(self, prompt: Tensor, tokens: int, assistant: Any = None) -> Generated:
         clock = _FirstTokens(self._timer)
         written = self._parent.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
-            max_new_tokens=self._settings.tokens,
+            max_new_tokens=tokens,
             do_sample=False,
             assistant_model=assistant,
             streamer=clock,
@@ -209,27 +213,27 @@ class DraftingBenchmark:
         new = written[0, prompt.shape[1] :].tolist()
         return Generated(new, clock.end_time - clock.first_time, len(new) - clock.first)
 
-    def _generate_assisted(self, prompt: Tensor) -> Generated:
-        return self._generate(prompt, self._drafter)
+    def _generate_assisted(self, prompt: Tensor, tokens: int) -> Generated:
+        return self._generate(prompt, tokens, self._drafter)
 
-    def _step_alone(self, prompt: Tensor) -> Generated:
+    def _step_alone(self, prompt: Tensor, tokens: int) -> Generated:
         self._prompt.copy_(prompt)
         self._alone.prefill()
         new = [self._alone.token.clone()]
 
         def steps() -> None:
-            for _ in range(self._settings.tokens - 1):
+            for _ in range(tokens - 1):
                 self._alone.step()
                 new.append(self._alone.token.clone())
 
         seconds = self._timer(steps)
         return Generated(torch.cat(new, 1)[0].tolist(), seconds, len(new) - 1)
 
-    def _step_pair(self, prompt: Tensor) -> Generated:
+    def _step_pair(self, prompt: Tensor, tokens: int) -> Generated:
         self._prompt.copy_(prompt)
         self._pair.prefill()
-        seconds = self._timer(self._pair.decode)
-        return Generated(self._pair.new_tokens.tolist(), seconds, self._pair.written - 1)
+        seconds = self._timer(lambda: self._pair.decode(tokens))
+        return Generated(self._pair.new_tokens[:tokens].tolist(), seconds, self._pair.written - 1)
 
 
 class _FirstTokens:

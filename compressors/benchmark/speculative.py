@@ -12,6 +12,7 @@ References
 """
 
 import inspect
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from transformers import StaticCache
 from transformers.cache_utils import StaticLayer
 
 from lrc.compressors.benchmark.decoders import WARM_UP, recorded
+from lrc.compressors.benchmark.rotary_tables import ConstantTables
 
 
 class RewindableModel:
@@ -133,7 +135,8 @@ class SpeculativeDecoder:
         self.prompt, self._tokens, self._drafts = prompt, tokens, drafts
         # The last round may start one token before the end, and so may those before a recording.
         longest = prompt.shape[1] + max(tokens, (WARM_UP + 2) * (drafts + 1)) + drafts + 1
-        self._parent, self._drafter = (RewindableModel(m, longest) for m in (parent, drafter))
+        models = parent, drafter
+        self._parent, self._drafter = (RewindableModel(each, longest) for each in models)
         self._text = prompt.new_zeros(1, longest)
         self._length = prompt.new_zeros(1)
         self._accepted = prompt.new_zeros(1)
@@ -142,7 +145,10 @@ class SpeculativeDecoder:
             self.prefill()
             for _ in range(WARM_UP):
                 self._round()
-            self._repeat = recorded(self._round, prompt.device, "a round")  # type: ignore[assignment]
+            with ExitStack() as constant:
+                for each in models:
+                    constant.enter_context(ConstantTables(each, longest).kept())
+                self._repeat = recorded(self._round, prompt.device, "a round")  # type: ignore[assignment]
 
     def prefill(self) -> None:
         """Read the prompt with both models, and choose the first token."""
@@ -153,9 +159,9 @@ class SpeculativeDecoder:
         self._length.fill_(n + 1)
         self.written, self.rounds = 1, []
 
-    def decode(self) -> None:
-        """Run rounds until all tokens are there."""
-        while self.written < self._tokens:
+    def decode(self, tokens: int | None = None) -> None:
+        """Run rounds until all tokens are there, or the given number of them."""
+        while self.written < (self._tokens if tokens is None else tokens):
             self._repeat()
             accepted = int(self._accepted)
             self.rounds.append(accepted)

@@ -23,16 +23,17 @@ from lrc.compressors.checkpoint.parent_weights import (
     read_tensors,
 )
 from lrc.compressors.checkpoint.plain import plain_name
-from lrc.compressors.checkpoint.reader import Contents, check_checkpoint
+from lrc.compressors.checkpoint.reader import Contents, check_checkpoint, load_tokenizer
 from lrc.compressors.checkpoint.writer import INDEX, write_weights
 from lrc.compressors.io.machine import OnStep
 from lrc.compressors.io.shards import Header
 from lrc.compressors.io.weight_hash import dtype_name
 from lrc.compressors.layers import sentinel
 from lrc.compressors.layers.model_shapes import SHAPES
+from lrc.compressors.models import source as models
 from lrc.compressors.models.model_kinds import kind_of
-from lrc.compressors.models.source import locate
-from lrc.configs.errors import ExportError
+from lrc.compressors.models.same_tokens import Tokens, why_no_drafter
+from lrc.configs.errors import ExportError, Problem, UsageError
 from lrc.configs.recipe import Model
 
 
@@ -58,6 +59,8 @@ def write_drafter(folder: Path, parent: str, out: Path, on_step: OnStep) -> list
     ------
     CheckpointError, ModelError, RecipeError
         If a model is not there, or damaged.
+    UsageError
+        If the tokens of the models differ.
     ExportError
         If nothing can be shared.
     """
@@ -76,7 +79,9 @@ def write_drafter(folder: Path, parent: str, out: Path, on_step: OnStep) -> list
             + ("shares it already" if layout.PARENT in block else "another tool has compressed")
             + "; give the folder OUTPUT/checkpoint of a run"
         )
-    weights = _shared(folder, contents, parent)
+    source = models.locate(Model(path=parent))
+    _check_tokens(folder, parent, source)
+    weights = _shared(folder, contents, parent, source)
     meta, read = _tensors(contents, {f"{name}.weight" for name in weights.tensors})
     done = count(1)
 
@@ -90,9 +95,20 @@ def write_drafter(folder: Path, parent: str, out: Path, on_step: OnStep) -> list
     return [*weights.tensors]
 
 
-def _shared(folder: Path, contents: Contents, parent: str) -> ParentWeights:
+def _check_tokens(folder: Path, parent: str, source: models.Source) -> None:
+    """Reject a parent with other tokens, even if its embedding has the same values."""
+    config = AutoConfig.from_pretrained(folder)
+    tokens = (
+        Tokens.of(source.config, models.load_tokenizer(source)),
+        Tokens.of(config, load_tokenizer(folder)),
+    )
+    if (why := why_no_drafter(str(folder), parent, tokens)) is not None:
+        text = f"{why}; give the model that {folder} was compressed from, with its tokenizer"
+        raise UsageError([Problem("other-tokenizer", "--parent", text)])
+
+
+def _shared(folder: Path, contents: Contents, parent: str, source: models.Source) -> ParentWeights:
     """Return the modules of a checkpoint whose weights are those of its parent."""
-    source = locate(Model(path=parent))
     own, other = _ends(AutoConfig.from_pretrained(folder)), _ends(source.config)
     tied = bool(getattr(source.config.get_text_config(), "tie_word_embeddings", False))
     shapes = (contents.config.get("quantization_config") or {}).get(SHAPES, {})

@@ -98,12 +98,23 @@ def test_other_tokens_are_refused_before_a_weight_is_read(
     file = renamed / "tokenizer.json"
     content = json.loads(file.read_text(encoding="utf-8"))
     vocabulary = content["model"]["vocab"]
-    one, other = [token for token in vocabulary if len(token) == 1][:2]
+    one, other = sorted(token for token in vocabulary if len(token) == 1)[:2]
     vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
     file.write_text(json.dumps(content), encoding="utf-8")
-    for drafter, words in ((larger, "512 and 520 tokens"), (renamed, "they differ in")):
-        ended = lrc("eval", tiny_model_folder, "--draft", drafter, "--perplexity", tiny_text)
+    for other_model, words in (
+        (larger, "512 and 520 tokens"),
+        (renamed, f"they differ in {one!r}"),
+    ):
+        ended = lrc("eval", tiny_model_folder, "--draft", other_model, "--perplexity", tiny_text)
         ended.refuses(2, words, code="other-tokenizer", where="--draft")
+    # The embedding is that of the parent, of which `renamed` is a copy.
+    ended = lrc(
+        *("export", tiny_model_folder, tmp_path / "out"),
+        "--format",
+        "drafter",
+        *("--parent", renamed),
+    )
+    ended.refuses(2, f"they differ in {one!r}", code="other-tokenizer", where="--parent")
 
 
 @pytest.mark.parametrize(
@@ -222,9 +233,11 @@ def test_what_is_not_the_parents_cannot_be_shared(
     lrc: Callable[..., Any],
     checkpoint: Path,
     tiny_llama: Callable[..., LlamaForCausalLM],
+    make_tokenizer: Callable[..., Any],
     tmp_path: Path,
 ) -> None:
     tiny_llama(seed=5).save_pretrained(tmp_path / "other")
+    make_tokenizer().save_pretrained(tmp_path / "other")
     command = ["export", checkpoint, tmp_path / "out", "--format"]
     ended = lrc(*command, "drafter", "--parent", tmp_path / "other")
     ended.refuses(1, "nothing in common", code="cannot-export")
