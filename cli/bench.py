@@ -1,9 +1,9 @@
 """`lrc bench`: the speed and memory of several models, side by side."""
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 PHASE_NAMES = ("prefill", "decode")
 """What gates are about: tokens per second, or with x relative to dense."""
+T = TypeVar("T", bound=str)
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -249,11 +250,15 @@ def check_speeds(gates: "list[Gate]", found: dict[str, Any]) -> "dict[str, list[
     return results
 
 
-def known(option: str, value: str, allowed: Sequence[str]) -> str:
-    """Return `value`, unless it is none of those that are allowed."""
-    if value in allowed:
-        return value
+def known(option: str, value: str, allowed: Sequence[T], meant: Mapping[str, T] | None = None) -> T:
+    """Return the one of the allowed values that was given, or raise `UsageError`.
+
+    `meant` maps other words to the allowed value that they probably mean.
+    """
+    for each in allowed:
+        if each == value:
+            return each
     *others, last = allowed
-    near = closest(value, [*allowed])
+    near = (meant or {}).get(value.lower()) or closest(value, [*allowed])
     hint = "choose one of them" if near is None else f"did you mean {near}?"
     raise UsageError(f"{option}: must be {', '.join(others)} or {last}, got {value!r}; {hint}")

@@ -6,11 +6,19 @@ from typing import Annotated
 import typer
 
 from lrc.cli import console
+from lrc.cli.bench import known
 from lrc.cli.options import Device, Json, Quiet, named
 from lrc.configs.errors import UsageError
 from lrc.configs.size import size_text
 
-METHODS = "ternary|low-rank|int|sparse"
+METHODS = ("ternary", "low-rank", "int", "sparse")
+MEANT = {
+    **dict.fromkeys(("svd", "svd-llm", "lora", "factors", "kfac", "basis-sharing"), "low-rank"),
+    **dict.fromkeys(("quantize", "rtn", "gptq", "integers", "int8", "int4", "dense"), "int"),
+    **dict.fromkeys(("prune", "topk", "top-k", "magnitude", "masks"), "sparse"),
+    **dict.fromkeys(("compeft", "signs", "sign", "bitdelta", "binary"), "ternary"),
+}
+"""Names of similar methods, of recipes and of papers -> the method for deltas."""
 
 delta_app = typer.Typer(
     no_args_is_help=True,
@@ -50,7 +58,7 @@ def make(
             help="`ternary`: signs of the largest differences and a scale per tensor; `low-rank`: "
             "products of two factors; `int`: integers with scales; `sparse`: the largest "
             "differences.",
-            metavar=METHODS,
+            metavar="|".join(METHODS),
         ),
     ] = "ternary",
     device: Device = "auto",
@@ -61,6 +69,7 @@ def make(
     quiet: Quiet = False,
 ) -> None:
     """Compress what fine-tuning has changed."""
+    known("--method", method, METHODS, MEANT)
     from lrc.configs.delta_methods import parse_delta_method
 
     chosen = parse_delta_method(method, options or [])

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 import typer
 
 from lrc.cli import console
+from lrc.cli.bench import known
 from lrc.cli.gate_results import (
     GateTexts,
     Junit,
@@ -17,6 +18,7 @@ from lrc.cli.gate_results import (
 from lrc.cli.options import Device, Json, Models, Quiet, TrustRemoteCode, named, positive
 from lrc.configs.errors import GateMissed, LrcError, Stopped, UsageError
 
+STREAMING: tuple[Literal["auto", "always", "never"], ...] = ("auto", "always", "never")
 OF_TASKS = ("include_path", "limit", "seed")
 OF_TEXTS = ("window", "windows", "kl_tokens")
 OF_DRAFT = ("draft_tokens", "prompts", "prompt", "tokens", "repeats")
@@ -52,10 +54,11 @@ def evaluate(
         ),
     ] = 32768,
     streaming: Annotated[
-        Literal["auto", "always", "never"],
+        str,
         typer.Option(
+            metavar="|".join(STREAMING),
             help="Whether to read models one decoder layer at a time, without tasks: if they do "
-            "not fit into memory (auto), always or never."
+            "not fit into memory (auto), always or never.",
         ),
     ] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of lm-eval's few-shot sampling.")] = 0,
@@ -125,7 +128,7 @@ def evaluate(
         perplexity=[Perplexity(source=s, window=window, windows=windows) for s in perplexity or []],
         tasks=Tasks(names=names, include_path=include_path, limit=limit),
         kl_tokens=kl_tokens,
-        streaming=streaming,
+        streaming=known("--streaming", streaming, STREAMING),
         gates=read_gates(gate),
     )
 

@@ -95,7 +95,9 @@ def _near(shape: Shape, value: Any) -> str:
     near = closest(value, options)
     if near is not None:
         return f"did you mean {got(options[near])}?"
-    return next((each.schema["x-remedy"] for each in shape.parts if "x-remedy" in each.schema), "")
+    remedies = [each.schema["x-remedy"] for each in shape.parts if "x-remedy" in each.schema]
+    several = len(options) > 1 and all(part.options for part in shape.parts)
+    return next(iter(remedies), "choose one of them" if several else "")
 
 
 def _into_range(part: Shape, value: Any) -> str:

@@ -132,6 +132,7 @@ def test_other_tokens_are_refused_before_a_weight_is_read(
         (["--prompts", "3"], "is an option of --draft"),
         (["--limit", "3"], "--limit: is an option of --tasks"),
         (["{model}", "--draft", "x"], "needs one model"),
+        (["--streaming", "sometimes"], "--streaming: must be auto, always or never"),
     ],
 )
 def test_wrong_options_are_refused(

@@ -108,6 +108,9 @@ def test_other_bad_input_is_refused(
 
     refused("make", base, base, out, exit_code=1, code="no-difference", words="same weights")
     refused("make", base, tuned, out, "rank=3", exit_code=2, code="misplaced-key", words="rank")
+    for method, words in (("svd", "did you mean low-rank?"), ("zzz", "choose one of them")):
+        arguments = ("make", base, tuned, out, "--method", method)
+        refused(*arguments, exit_code=2, code="usage", words=words)
     for options, words in (
         (["rank=17"], "must be in [1, 16] for model.layers.0.self_attn.k_proj.weight"),
         (["size=1kB"], "size: must be at least"),

@@ -2,6 +2,7 @@
 
 import pytest
 
+from lrc.cli.delta import MEANT, METHODS
 from lrc.configs.delta_methods import parse_delta_method
 from lrc.configs.errors import RecipeError
 
@@ -15,7 +16,7 @@ def test_options_are_read_by_method() -> None:
         "alpha": 2.0,
         "balance": "measured",
     }
-    for method in ("ternary", "low-rank", "int", "sparse"):
+    for method in (*METHODS, *MEANT.values()):
         assert parse_delta_method(method, []).method == method
 
 
