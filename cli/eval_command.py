@@ -1,5 +1,6 @@
 """The command `lrc eval`; heavy libraries are imported inside."""
 
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import typer
@@ -85,7 +86,8 @@ def evaluate(
         int | None, typer.Option(callback=positive, help="Of --draft: new tokens [64].")
     ] = None,
     repeats: Annotated[
-        int | None, typer.Option(callback=positive, help="Of --draft: timed repetitions [3].")
+        int | None,
+        typer.Option(callback=positive, help="Of --draft: timed repetitions [3, on a CPU 1]."),
     ] = None,
     gate: GateTexts = None,
     junit: Junit = None,
@@ -188,9 +190,12 @@ def _evaluate_drafter(
     from lrc.compressors.benchmark.drafting import DraftSettings
     from lrc.compressors.io.machine import Machine
 
+    machine = Machine(device)
     chosen = [
         default if number is None else number
-        for number, default in zip(numbers, vars(DraftSettings()).values(), strict=True)
+        for number, default in zip(
+            numbers, vars(DraftSettings.defaults(machine.chosen)).values(), strict=True
+        )
     ]
     settings = DraftSettings(*chosen)
     if settings.tokens < settings.drafts + 2:
@@ -200,7 +205,7 @@ def _evaluate_drafter(
         )
     console.quiet_transformers()
     with console.Steps(quiet=quiet).running() as steps:
-        machine = Machine(device, on_step=steps, on_warning=steps.warn)
+        machine = replace(machine, on_step=steps, on_warning=steps.warn)
         found = run(checkpoints[0], drafter, texts, settings, machine, trusted=trusted)
     if as_json:
         console.print_json(found)

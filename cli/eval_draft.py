@@ -11,6 +11,7 @@ from lrc.cli.evaluate import check_model
 from lrc.cli.option_names import options_in_errors
 from lrc.cli.whole_models import Skeleton, load_model, load_skeleton
 from lrc.compressors.benchmark.drafting import DraftingBenchmark, DraftSettings
+from lrc.compressors.benchmark.fast_paths import slow_forms
 from lrc.compressors.benchmark.speculative import RewindableModel
 from lrc.compressors.corpus.documents import check_source
 from lrc.compressors.corpus.windows import evaluation_windows
@@ -71,10 +72,22 @@ def run(
         _check_context(skeletons, settings)
         n_bytes = sum(each.bytes_on(machine.chosen) for each in skeletons.values())
         refuse_pair(n_bytes, machine.chosen)
-        models = [load_model(path, machine.chosen, trusted=trusted) for path in skeletons]
+        models = []
+        for number, path in enumerate(skeletons, start=1):
+            models.append(load_model(path, machine.chosen, trusted=trusted))
+            machine.on_step("load", number, len(skeletons))
+        for form in slow_forms(models[1]):
+            some = f"{len(form.weights)} {'layer' if len(form.weights) == 1 else 'layers'}"
+            warnings.append(
+                f"{drafter}: {form.form} has no fast path on {machine.chosen} ({some}: "
+                f"{form.reason}), so that the steps of the drafter are slow"
+            )
+            machine.on_warning(warnings[-1])
         shared = share_embeddings(models[1], models[0])
         try:
-            benchmark = DraftingBenchmark(models[0], models[1], settings)
+            # On a CPU, launching from Python is a small part of a step, and both loops are as fast.
+            generate = machine.chosen != "cpu"
+            benchmark = DraftingBenchmark(models[0], models[1], settings, generate=generate)
             scores = benchmark.run(prompts, machine.on_step)
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError):

@@ -38,6 +38,11 @@ class DraftSettings:
     repeats: int = 3
     """Timed repetitions of all prompts."""
 
+    @classmethod
+    def defaults(cls, device: str) -> "DraftSettings":
+        """Return those for a device. On a CPU, a repetition takes minutes."""
+        return cls(repeats=1) if torch.device(device).type == "cpu" else cls()
+
 
 @dataclass(frozen=True)
 class Generated:
