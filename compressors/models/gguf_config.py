@@ -1,6 +1,6 @@
 """The config that transformers makes of the metadata of a GGUF file."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from functools import lru_cache
@@ -11,7 +11,7 @@ from unittest import mock
 from transformers import AutoConfig, configuration_utils, modeling_gguf_pytorch_utils
 from transformers.models.auto import tokenization_auto
 
-_READ = modeling_gguf_pytorch_utils.load_gguf_checkpoint
+_READ: Callable[..., dict[str, Any]] = modeling_gguf_pytorch_utils.load_gguf_checkpoint
 _READERS = (modeling_gguf_pytorch_utils, configuration_utils, tokenization_auto)
 """Modules in which configs and tokenizers find the function, depending on the version."""
 
@@ -57,5 +57,5 @@ def configs_read_once() -> Iterator[None]:
 
 @lru_cache(maxsize=8)
 def _config_of(path: Path, version: tuple[int, int]) -> dict[str, Any]:
-    found: dict[str, Any] = _READ(path, return_tensors=False)["config"]
-    return found
+    config: dict[str, Any] = _READ(path, return_tensors=False)["config"]
+    return config
