@@ -1,4 +1,4 @@
-"""How fast a machine computes and writes, from measurements that take about a second."""
+"""How fast a machine computes and writes, from measurements that take about two seconds."""
 
 import hashlib
 import math
