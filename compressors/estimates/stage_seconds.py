@@ -47,8 +47,8 @@ COLUMN_SECONDS = {"cpu": 0.0, "cuda": 1e-4}
 """GPTQ goes through a matrix column by column, and starts a few kernels for each."""
 READING_TEXT = 2.0
 """Seconds to read and tokenize a text."""
-LOADING = 1.5
-"""Seconds to load a model that is evaluated, besides reading its weights."""
+LOADING = 0.2
+"""Seconds to load a tokenizer and make a model, besides reading its weights."""
 
 
 def stage_seconds(work: Workload, rates: MachineRates) -> dict[str, float]:
@@ -102,15 +102,15 @@ def stage_seconds(work: Workload, rates: MachineRates) -> dict[str, float]:
     if work.scored_tokens:
         a_token = 2 * plan.dense_parameters / (EFFICIENCY * rates.model_products)
         a_token *= work.scored_share
-        models = 1 + work.evaluate.dense
+        models, loading = 1 + work.evaluate.dense, LOADING + plan.dense_bytes / rates.reading
         seconds["evaluate"] = a_token * (models * work.scored_tokens + 2 * work.compared_tokens)
         compared = 12 * work.compared_tokens * work.vocabulary * work.scored_share
         seconds["evaluate"] += compared / rates.elementwise
-        seconds["evaluate"] += LOADING * (models + 2 * work.compares)
+        seconds["evaluate"] += loading * (models + 2 * work.compares)
         if work.evaluate.baselines:
             number = len(work.evaluate.baselines)
             rounded = sum(numbers(task) for task in [*work.tasks, *plan.embeddings])
-            a_baseline = LOADING + a_token * work.scored_tokens + rounded / rates.rounding
+            a_baseline = loading + a_token * work.scored_tokens + rounded / rates.rounding
             seconds["baselines"] = number * a_baseline
     if work.tokens:
         first = next(stage for stage in ("slice", "calibrate", "compress") if stage in seconds)
