@@ -135,6 +135,7 @@ def evaluate(
     )
 
     console.quiet_transformers()
+    console.freeze_imports()
     with console.Steps(quiet=quiet).running() as steps:
         machine = Machine(device, on_step=steps, on_warning=steps.warn)
         try:
@@ -204,6 +205,7 @@ def _evaluate_drafter(
             f"round, so that there is a second one, got {settings.tokens}; raise it"
         )
     console.quiet_transformers()
+    console.freeze_imports()
     with console.Steps(quiet=quiet).running() as steps:
         machine = replace(machine, on_step=steps, on_warning=steps.warn)
         found = run(checkpoints[0], drafter, texts, settings, machine, trusted=trusted)

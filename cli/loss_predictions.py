@@ -49,6 +49,7 @@ def run(
     from lrc.compressors.planning.loss_curves import curves_json
 
     console.quiet_transformers()
+    console.freeze_imports()
     measured = None
     with console.Steps(quiet=quiet).running() as steps:
         machine = Machine(device, on_step=steps)  # warnings are printed with the plan

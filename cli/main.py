@@ -198,6 +198,7 @@ def compress(
     from lrc.compressors.pipeline import compress as run
 
     console.quiet_transformers()
+    console.freeze_imports()
     missed: EvaluationIncomplete | GateMissed | None = None
     with console.Steps(quiet=quiet, lost=team.lost).running() as steps:
         try:

@@ -83,6 +83,7 @@ def sweep(
     from lrc.compressors.sweep.target import search
 
     console.quiet_transformers()
+    console.freeze_imports()
     with console.Steps(quiet=quiet).running() as steps:
         machine = Machine(device, overwrite=overwrite, on_step=steps, on_warning=steps.warn)
         work = Sweep(recipe, folder, machine)

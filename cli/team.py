@@ -51,6 +51,7 @@ class Team:
         from lrc.compressors.pipeline import assist
 
         console.quiet_transformers()
+        console.freeze_imports()
         assist(loaded, self.machine(Machine(self.processes.device), loaded))
 
     def on_lost(self, ranks: list[int]) -> None:

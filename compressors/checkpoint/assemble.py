@@ -42,7 +42,7 @@ def write_tensors(
     compressed: Callable[[int, str], Tensor],
     trained: Mapping[str, Callable[[], Tensor]],
     processes: Processes = ALONE,
-) -> None:
+) -> list[Path]:
     """Write the weights of a checkpoint, with names that `from_pretrained` finds.
 
     Parameters
@@ -56,6 +56,11 @@ def write_tensors(
         Return tensors that take the place of stored ones, by their full names.
     processes : Processes
         All of them call this function, and write some of the files each.
+
+    Returns
+    -------
+    list of Path
+        The files that this process has written.
     """
     modules, plain = plan.modules(), _is_plain(plan, architecture)
     owners = plan.owner_layers()
@@ -96,7 +101,7 @@ def write_tensors(
 
     split = any(name.startswith(experts) for name in modules)
     tensors = (meta, read) if split else with_fused(architecture, meta, read)
-    write_weights(folder, *tensors, processes, threads=reading_threads())
+    return write_weights(folder, *tensors, processes, threads=reading_threads())
 
 
 def write_checkpoint(

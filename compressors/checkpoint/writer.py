@@ -30,7 +30,7 @@ def write_weights(
     *,
     threads: int = 1,
     max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> None:
+) -> list[Path]:
     """Write safetensors shards under the names and with the index that transformers expects.
 
     Parameters
@@ -47,9 +47,14 @@ def write_weights(
         That call `read` at the same time. With one, calls are in the order of `meta`.
     max_shard_bytes : int
         A shard is held in memory while it is written.
+
+    Returns
+    -------
+    list of Path
+        The shards that this process has written.
     """
     split = split_torch_state_dict_into_shards(meta, max_shard_size=max_shard_bytes)
-    files = [*split.filename_to_tensors]
+    files, written = [*split.filename_to_tensors], []
     with ThreadPoolExecutor(threads, "read") as pool:
         each = map if threads == 1 else pool.map
         for number in processes.turn(len(files)):
@@ -59,11 +64,13 @@ def write_weights(
             )
             save_file(tensors, folder / files[number], metadata={"format": "pt"})
             tensors.clear()
+            written.append(folder / files[number])
             if not processes.first:
                 flush(folder / files[number])  # the first process may be on another host
     if split.is_sharded and processes.first:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    return written
 
 
 def reading_threads() -> int:

@@ -22,6 +22,7 @@ from lrc.compressors.estimates.stage_seconds import stage_seconds
 from lrc.compressors.estimates.workload import Workload
 from lrc.compressors.evaluate.generations import read_prompts
 from lrc.compressors.io.disk_use import existing_folder, free_disk, used_disk
+from lrc.compressors.io.freed_memory import trim
 from lrc.compressors.io.machine import free_memory
 from lrc.compressors.planning.problems import Problems
 from lrc.compressors.prepare import Prepared
@@ -85,6 +86,7 @@ def estimate(prepared: Prepared, device: str, processes: int = 1) -> Estimate:
     free = free_memory(device)
     buffers = place_buffers(work, free)
     seconds = stage_seconds(work, rates)
+    trim()  # of what the measurements have used
     now = psutil.Process().memory_info().rss
     peaks = memory_peaks(work, buffers, free)
     return Estimate(

@@ -1,5 +1,6 @@
-"""How fast a machine computes and writes, from measurements that take about a second."""
+"""How fast a machine computes and writes, from measurements that take about two seconds."""
 
+import hashlib
 import math
 import os
 import tempfile
@@ -11,9 +12,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from lrc.compressors.solvers.linalg import tensor_cores
+from lrc.compressors.layers import QuantizationArgs
+from lrc.compressors.solvers.linalg import tensor_cores, weighted_error
+from lrc.compressors.solvers.quantized_matrix import round_to_nearest
 
 SECONDS = 0.15
 """For each measurement, of which the fastest run counts."""
@@ -25,7 +29,11 @@ EIGENPROBLEMS = {"cpu": (128, 384), "cuda": (512, 2048)}
 NUMBERS = {"cpu": 2**24, "cuda": 2**26}
 """Of the tensor whose elementwise operations are timed."""
 WRITTEN = 2**24
-"""Bytes of the file that is written to measure the disk."""
+"""Bytes of the file that is written to measure the disk, and read."""
+ROUNDED = {"cpu": (768, 768), "cuda": (4096, 4096)}
+"""Shape of the matrix that is rounded to nearest."""
+DEQUANTIZED = (512, 1024)
+"""Shape of the matrix that is dequantized, as from a GGUF file."""
 _DISKS: dict[int, float] = {}
 """Bytes a second of the disks that were measured, by the number that the system gives them."""
 
@@ -46,6 +54,12 @@ class MachineRates:
     """Numbers a second of an elementwise operation in float32."""
     disk: float
     """Bytes a second, written and flushed."""
+    rounding: float = math.inf
+    """Numbers a second that are rounded to nearest in groups of 64, packed, and compared."""
+    reading: float = math.inf
+    """Bytes a second of bfloat16 weights that are read from the page cache and checked."""
+    hashing: float = math.inf
+    """Bytes a second of SHA-256."""
 
     def eigenvectors(self, size: int) -> float:
         """Return the seconds of a symmetric eigenproblem.
@@ -75,6 +89,9 @@ class MachineRates:
             ((small, fast * slower), (large, slow * slower)),
             self.elementwise / slower,
             self.disk,
+            self.rounding / slower,
+            self.reading / slower,
+            self.hashing / slower,
         )
 
 
@@ -117,9 +134,20 @@ def _measure_device(device: str, dtype: torch.dtype) -> MachineRates:
         M = x @ x.T
         return _seconds(lambda: torch.linalg.eigh(M), device)
 
+    def rounding() -> float:
+        W = torch.randn(ROUNDED[kind], generator=torch.Generator().manual_seed(0))
+        W, args = W.bfloat16().to(device), QuantizationArgs(bits=8, group_size=64)
+
+        def run() -> None:
+            found = round_to_nearest(W, args, dtype=W.dtype)
+            found.encode("weight")
+            weighted_error(W, found.weight())
+
+        return W.numel() / _seconds(run, device)
+
     with tensor_cores(device):
         single = products(torch.float32)
-    small, large = EIGENPROBLEMS[kind]
+    (small, large), zeros = EIGENPROBLEMS[kind], bytes(WRITTEN)
     rates = MachineRates(
         single,
         products(torch.float64),
@@ -127,11 +155,42 @@ def _measure_device(device: str, dtype: torch.dtype) -> MachineRates:
         ((small, eigenvectors(small)), (large, eigenvectors(large))),
         elementwise(),
         disk=0.0,
+        rounding=rounding(),
+        reading=_reading(),
+        hashing=WRITTEN / _seconds(lambda: hashlib.sha256(zeros), "cpu"),
     )
     if kind == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)  # they are those of the run in its report
     return rates
+
+
+def _reading() -> float:
+    """Return the bytes a second that are read from the page cache and checked."""
+    with tempfile.TemporaryFile() as file:
+        file.write(bytes(WRITTEN))
+
+        def read() -> None:
+            file.seek(0)
+            values = torch.frombuffer(bytearray(file.read()), dtype=torch.bfloat16)
+            torch.isfinite(values).all()
+
+        return WRITTEN / _seconds(read, "cpu")
+
+
+@cache
+def dequantizing_rate(kind: str) -> float:
+    """Return the numbers a second that are dequantized from a type of GGUF files."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
+
+    block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    rows, columns = DEQUANTIZED
+    stored = np.zeros((rows, columns // block * block_bytes), np.uint8)
+
+    def run() -> None:
+        torch.from_numpy(dequantize(stored, GGMLQuantizationType[kind])).bfloat16()
+
+    return rows * columns / _seconds(run, "cpu")
 
 
 def _seconds(run: Callable[[], Any], device: str) -> float:

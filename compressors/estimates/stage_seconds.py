@@ -5,6 +5,7 @@ The constants count passes and products in the code that they name, or were meas
 
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 
 from pydantic import TypeAdapter
 
@@ -14,7 +15,7 @@ from lrc.compressors.calibrate.sequential_calibration import EXPERT_BYTES
 from lrc.compressors.checkpoint.writer import MAX_SHARD_BYTES
 from lrc.compressors.compress.layerwise import relative_cost
 from lrc.compressors.distributed.processes import Processes
-from lrc.compressors.estimates.machine_rates import MachineRates
+from lrc.compressors.estimates.machine_rates import MachineRates, dequantizing_rate
 from lrc.compressors.estimates.workload import Workload, numbers, sides
 from lrc.compressors.methods.base import LOW_RANK_TYPES, FixedSizeMethod
 from lrc.compressors.methods.table import METHODS
@@ -24,6 +25,7 @@ from lrc.compressors.planning.rate_distortion import size_families
 from lrc.compressors.planning.sizes import SizeSteps
 from lrc.compressors.planning.tasks import LayerTask
 from lrc.compressors.slicing import METHODS as SLICERS
+from lrc.compressors.solvers.quantization_grid import RANGES
 from lrc.configs.slice import Slice, SliceBase
 
 SLICE_OPTIONS: TypeAdapter[SliceBase] = TypeAdapter(Slice)
@@ -43,12 +45,10 @@ CODE_PASSES, CODE_STEPS = 8, 2900
 many elementwise operations on the matrix: fitted to seven shapes from 192 x 576 to 1024 x 3072."""
 COLUMN_SECONDS = {"cpu": 0.0, "cuda": 1e-4}
 """GPTQ goes through a matrix column by column, and starts a few kernels for each."""
-READING = 2e9
-"""Bytes a second at which weights are read from the page cache, checked, and converted."""
 READING_TEXT = 2.0
 """Seconds to read and tokenize a text."""
-LOADING = 1.5
-"""Seconds to load a model that is evaluated, besides reading its weights."""
+LOADING = 0.2
+"""Seconds to load a tokenizer and make a model, besides reading its weights."""
 
 
 def stage_seconds(work: Workload, rates: MachineRates) -> dict[str, float]:
@@ -57,10 +57,9 @@ def stage_seconds(work: Workload, rates: MachineRates) -> dict[str, float]:
     `rates` are those of a process while all of them compute.
     """
     plan, seconds = work.plan, dict[str, float]()
-    if work.prepared.source.gguf is not None:
-        seconds["convert"] = plan.dense_bytes / rates.disk + 12 * plan.dense_parameters / (
-            rates.elementwise
-        )
+    if work.stored_type is not None:
+        rate = dequantizing_rate(work.stored_type)
+        seconds["convert"] = plan.dense_bytes / rates.disk + plan.dense_parameters / rate
     if plan.slices:
         once = _forward(work, rates, work.dense_layers, share=1.0)  # by one process
         seconds["slice"] = once * sum(
@@ -72,13 +71,15 @@ def stage_seconds(work: Workload, rates: MachineRates) -> dict[str, float]:
     if work.statistics and work.segments is None:
         seconds["calibrate"] = calibration
     curves, solutions = fixed_size_flops(plan)
-    pending = [task for task in work.tasks if task.pending and _low_rank(task)]
+    pending = [task for task in work.pending if _low_rank(task)]
     if pending or curves:
-        seconds["allocate"] = 2 * curves / rates.products
+        seconds["allocate"] = 2 * curves / rates.products + _reading(work.pending, work, rates)
         seconds["allocate"] += sum(_spectrum(task, rates, values=True) for task in pending)
+        seconds["allocate"] += _schemes(work, rates)
         seconds["allocate"] *= _layer_share(work)
     if work.tasks:
         solving = 2 * solutions / rates.products + _solutions(work, rates)
+        solving += _reading(work.tasks, work, rates)
         seconds["compress"] = solving * (
             _input_share(work) if work.compensated else _layer_share(work)
         )
@@ -91,19 +92,26 @@ def stage_seconds(work: Workload, rates: MachineRates) -> dict[str, float]:
         tokens = sum(record.passes * (record.tokens or 0) for record in plan.training)
         seconds["heal"] = tokens * 2 * sum(work.layers) / (EFFICIENCY * rates.products)
         seconds["heal"] += sum(60 * (record.minutes or 0) for record in plan.training)
+    embeddings = sum(numbers(task) for task in plan.embeddings)
+    if embeddings:  # by the first process
+        rounded = embeddings / rates.rounding + work.itemsize * embeddings / rates.reading
+        seconds["compress"] = seconds.get("compress", 0.0) + rounded
     files = work.share(math.ceil(plan.compressed_bytes / MAX_SHARD_BYTES))
-    seconds["save"] = files * plan.compressed_bytes * (1 / rates.disk + 1 / READING)
+    a_byte = 1 / rates.disk + 1 / rates.reading + 1 / rates.hashing
+    seconds["save"] = files * plan.compressed_bytes * a_byte
     if work.scored_tokens:
         a_token = 2 * plan.dense_parameters / (EFFICIENCY * rates.model_products)
         a_token *= work.scored_share
-        models = 1 + work.evaluate.dense
+        models, loading = 1 + work.evaluate.dense, LOADING + plan.dense_bytes / rates.reading
         seconds["evaluate"] = a_token * (models * work.scored_tokens + 2 * work.compared_tokens)
         compared = 12 * work.compared_tokens * work.vocabulary * work.scored_share
         seconds["evaluate"] += compared / rates.elementwise
-        seconds["evaluate"] += LOADING * (models + 2 * work.compares)
+        seconds["evaluate"] += loading * (models + 2 * work.compares)
         if work.evaluate.baselines:
             number = len(work.evaluate.baselines)
-            seconds["baselines"] = number * (LOADING + a_token * work.scored_tokens)
+            rounded = sum(numbers(task) for task in [*work.tasks, *plan.embeddings])
+            a_baseline = loading + a_token * work.scored_tokens + rounded / rates.rounding
+            seconds["baselines"] = number * a_baseline
     if work.tokens:
         first = next(stage for stage in ("slice", "calibrate", "compress") if stage in seconds)
         seconds[first] += READING_TEXT
@@ -118,7 +126,7 @@ def _forward(
     Of a process with a `share` of the windows, by default of each of several.
     """
     share = work.window_share if share is None else share
-    tokens, reading = work.tokens * share + work.batch, work.itemsize * sum(layers) / READING
+    tokens, reading = work.tokens * share + work.batch, work.itemsize * sum(layers) / rates.reading
     attention = 4 * work.calibration.window * work.width * len(layers)
     products = (2 * work.used_share * sum(layers) + attention) / (EFFICIENCY * rates.products)
     elementwise = ELEMENTWISE * work.width * len(layers) / rates.elementwise
@@ -166,6 +174,20 @@ def _input_share(work: Workload) -> float:
     return longest / sum(map(sum, sharing.values()))
 
 
+def _reading(tasks: Sequence[LayerTask], work: Workload, rates: MachineRates) -> float:
+    """Return the seconds to read the weights of tasks."""
+    return work.itemsize * sum(map(numbers, tasks)) / rates.reading
+
+
+def _schemes(work: Workload, rates: MachineRates) -> float:
+    """Return the seconds to round weights to every scheme that an allocator may choose."""
+    rounded = 0
+    for task in work.pending:
+        assert task.allocation is not None
+        rounded += numbers(task) * len(work.plan.allocations[task.allocation].quantization)
+    return len(RANGES) * rounded / rates.rounding
+
+
 def _low_rank(task: LayerTask) -> bool:
     return bool({*METHODS[task.method].types} & {*LOW_RANK_TYPES})
 
@@ -186,7 +208,9 @@ def _solutions(work: Workload, rates: MachineRates) -> float:
     """Return the seconds of all solutions, except those of fixed-size methods."""
     seconds = sum(_spectrum(task, rates, values=False) for task in work.tasks if _low_rank(task))
     for task in work.tasks:
-        if task.quantize is not None and task.quantize.quantizer == "gptq":
+        if task.quantize is not None and task.quantize.quantizer == "rtn":
+            seconds += numbers(task) / rates.rounding
+        elif task.quantize is not None:
             d_in = task.stacked_shape[1]
             products = CODE_PASSES * numbers(task) * d_in + d_in**3
             seconds += 2 * products / rates.double_products

@@ -171,6 +171,24 @@ class Workload:
         """Tasks that change a weight."""
         return [task for task in self.plan.tasks if task.compressed]
 
+    @property
+    def pending(self) -> list[LayerTask]:
+        """Tasks whose configuration an allocator will choose."""
+        return [task for task in self.tasks if task.pending]
+
+    @cached_property
+    def stored_type(self) -> str | None:
+        """Type of most numbers in a GGUF source; None for another source."""
+        source = self.prepared.source
+        if source.gguf is None:
+            return None
+        from lrc.compressors.io.gguf_file import read_gguf  # imports gguf, which takes 0.3 s
+
+        counts: Counter[str] = Counter()
+        for header in read_gguf(source.folder / source.gguf)[1].values():
+            counts[header.dtype] += prod(header.shape)
+        return counts.most_common(1)[0][0]
+
     @cached_property
     def compensated(self) -> list[LayerTask]:
         """Tasks that compensate for errors of the layers before."""

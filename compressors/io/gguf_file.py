@@ -5,6 +5,7 @@
 
 import mmap
 import struct
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -33,11 +34,23 @@ STRING, ARRAY = 8, 9
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Header]]:
     """Return the metadata, and tensor name -> header with the shape in the order of torch.
 
+    A file is read once per process, unless it changes. The result must not be changed.
+
     Raises
     ------
     ValueError
         If the file is not a whole GGUF file of version 2 or 3.
     """
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise ValueError(f"{path}: not a whole GGUF file ({error})") from error
+    return _read(path, (found.st_ino, found.st_size, found.st_mtime_ns))
+
+
+@lru_cache(maxsize=2)
+def _read(path: Path, version: tuple[int, ...]) -> tuple[dict[str, Any], dict[str, Header]]:
+    """Read the header of a `version` of a file."""
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             metadata, headers = _Cursor(data).read(path)

@@ -88,11 +88,14 @@ class Machine:
 class Clock:
     """Seconds of each stage, summed over the runs it took, and the disk space of this one.
 
-    The seconds are written to the journal if `keep`.
+    A stage inside another one, such as the conversion of the source when its weights are first
+    read, does not count as part of it. The seconds are written to the journal if `keep`.
     """
 
     def __init__(self, journal: Journal, *, keep: bool = True) -> None:
         self._journal, self._keep = journal, keep
+        self._inside = self._cpu_inside = 0.0
+        """Time of the stages that have ended inside the present one."""
         self.disk = DiskUse(journal.output)
         self.cpu_seconds: dict[str, float] = {}
         """Time of all threads of this process."""
@@ -104,15 +107,17 @@ class Clock:
     def __call__(self, stage: str) -> Iterator[None]:
         """Add the time spent inside to a stage, also if it ends in an error."""
         start, processor = time.monotonic(), time.process_time()
+        before = self._inside, self._cpu_inside
+        self._inside = self._cpu_inside = 0.0
         try:
             yield
         finally:
             release_memory()
             self.disk.look()
-            self.cpu_seconds[stage] = (
-                self.cpu_seconds.get(stage, 0.0) + time.process_time() - processor
-            )
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - start
+            elapsed, used = time.monotonic() - start, time.process_time() - processor
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + elapsed - self._inside
+            self.cpu_seconds[stage] = self.cpu_seconds.get(stage, 0.0) + used - self._cpu_inside
+            self._inside, self._cpu_inside = before[0] + elapsed, before[1] + used
             if self._keep:
                 self._journal.write_json("seconds.json", self.seconds)
 

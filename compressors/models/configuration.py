@@ -3,8 +3,6 @@
 import json
 import re
 from collections.abc import Mapping
-from copy import deepcopy
-from functools import lru_cache
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -35,13 +33,13 @@ CAUSAL = re.compile(r"(For(CausalLM|ConditionalGeneration|MaskedLM)|LMHeadModel)
 def read_gguf_config(path: Path) -> PreTrainedConfig:
     """Read the config from the metadata of a GGUF file."""
     from lrc.compressors.io.gguf_file import read_gguf  # imports gguf, which takes 0.3 s
+    from lrc.compressors.models.gguf_config import gguf_config
 
     refuse_adapter(path.parent)
     try:
         metadata, headers = read_gguf(path)
         _refuse_other_gguf(path, metadata, len(headers))
-        found = path.stat()
-        config = _config_in_gguf(path.resolve(), (found.st_mtime_ns, found.st_size))
+        config = gguf_config(path)
     except ModelError:
         raise
     except Exception as error:  # the readers of transformers and gguf raise nearly anything
@@ -51,16 +49,7 @@ def read_gguf_config(path: Path) -> PreTrainedConfig:
             "again, or give the original model"
         ) from error
     assert isinstance(config, PreTrainedConfig)
-    return deepcopy(config)
-
-
-@lru_cache(maxsize=8)
-def _config_in_gguf(path: Path, version: tuple[int, int]) -> Any:
-    """Let transformers make a config of the metadata, once for each `version` of a file.
-
-    It takes seconds for it, because it makes an array of every token.
-    """
-    return AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    return config
 
 
 def read_config(folder: Path, spec: Model, *, ours: bool = False) -> PreTrainedConfig:

@@ -221,7 +221,10 @@ def load_tokenizer(source: Source) -> Any:
             folder = Path(snapshot_download(spec.tokenizer, allow_patterns=_small_files(spec)))
     try:
         if source.gguf and not spec.tokenizer:
-            return AutoTokenizer.from_pretrained(folder, gguf_file=source.gguf)
+            from lrc.compressors.models.gguf_config import configs_read_once
+
+            with configs_read_once():
+                return AutoTokenizer.from_pretrained(folder, gguf_file=source.gguf)
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
     except Exception as error:  # transformers and gguf raise nearly anything
         if (needed := tokenizer_needs_code(error, folder)) is not None:

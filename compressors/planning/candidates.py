@@ -1,8 +1,8 @@
 """Configurations that an allocator can choose for a task, with their costs and losses."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from math import lcm
+from typing import NamedTuple
 
 import torch
 
@@ -21,8 +21,7 @@ from lrc.compressors.solvers.linalg import numerical_rank
 LOW_RANK_ERROR, VALUES_ERROR = 1.5, 1.2
 
 
-@dataclass(frozen=True)
-class Candidate:
+class Candidate(NamedTuple):
     """One way to store the weights of a task."""
 
     config: WeightConfig
@@ -32,8 +31,7 @@ class Candidate:
     """Weighted squared error; comparable between tasks."""
 
 
-@dataclass(frozen=True)
-class Joint:
+class Joint(NamedTuple):
     """Candidates of one or more tasks that are chosen together."""
 
     parts: tuple[Candidate, ...]
@@ -50,13 +48,11 @@ def joint_candidates(offers: Sequence[Sequence[Candidate]]) -> list[Joint]:
     offers : sequence of sequence of Candidate
         One sequence per task; if several, with at most one candidate per scheme.
     """
-    parts: list[tuple[Candidate, ...]]
     if len(offers) == 1:
-        parts = [(candidate,) for candidate in offers[0]]
-    else:
-        by_scheme = [{c.config.quantization: c for c in offered} for offered in offers]
-        common = [key for key in by_scheme[0] if all(key in other for other in by_scheme)]
-        parts = [tuple(each[key] for each in by_scheme) for key in common]
+        return [Joint((only,), only.cost, only.loss) for only in offers[0]]
+    by_scheme = [{c.config.quantization: c for c in offered} for offered in offers]
+    common = [key for key in by_scheme[0] if all(key in other for other in by_scheme)]
+    parts = [tuple(each[key] for each in by_scheme) for key in common]
     return [Joint(p, sum(c.cost for c in p), sum(c.loss for c in p)) for p in parts]
 
 
@@ -115,8 +111,9 @@ def _ranks(
     group = 1 if steps.args is None else steps.args.row_multiple
     multiple = lcm(allocation.rank_multiple, group)
     floor = allocation.min_keep * steps.task.dense_cost(allocation.measure)
+    cost_of = steps.costs(allocation.measure)
     for rank in range(multiple, largest + 1, multiple):
-        cost = steps.cost(rank, allocation.measure)
+        cost = cost_of(rank)
         if cost >= limit:
             return
         if cost >= floor:

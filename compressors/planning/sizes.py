@@ -3,7 +3,7 @@
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 
 from lrc.compressors.layers import QuantizationArgs, WeightConfig
 from lrc.compressors.methods.size_families import components_at, largest_step
@@ -11,8 +11,8 @@ from lrc.compressors.planning.measures import Measure
 from lrc.compressors.planning.tasks import LayerTask
 
 # Allocation enumerates thousands of ranks for every weight, and many weights have the same shape.
-_CONFIGS: dict[Hashable, WeightConfig] = {}
-_COSTS: dict[Hashable, int] = {}
+_CONFIGS: dict[Hashable, dict[int, WeightConfig]] = {}
+_COSTS: dict[Hashable, dict[int, int]] = {}
 
 
 @dataclass(frozen=True)
@@ -38,19 +38,31 @@ class SizeSteps:
         ValueError
             If no weight of the task's shape can have its pattern.
         """
-        key = self._key, step
-        if key not in _CONFIGS:
+        configs = self._configs
+        if step not in configs:
             shape, pattern = self.task.stacked_shape, self.task.pattern
             found = components_at(self.types, step, *shape, ratio=self.ratio, pattern=pattern)
-            _CONFIGS[key] = self.task.with_components(found).quantized(self.args)
-        return _CONFIGS[key]
+            configs[step] = self.task.with_components(found).quantized(self.args)
+        return configs[step]
 
     def cost(self, step: int, measure: Measure) -> int:
         """Return the cost of configuration number `step`."""
-        key = self._key, step, measure
-        if key not in _COSTS:
-            _COSTS[key] = self.task.cost(self.config(step), measure)
-        return _COSTS[key]
+        return self.costs(measure)(step)
+
+    def costs(self, measure: Measure) -> Callable[[int], int]:
+        """Return the function from the number of a configuration to its cost."""
+        known = _COSTS.setdefault((self._key, measure), {})  # hashing the key takes long
+
+        def cost(step: int) -> int:
+            if step not in known:
+                known[step] = self.task.cost(self.config(step), measure)
+            return known[step]
+
+        return cost
+
+    @cached_property
+    def _configs(self) -> dict[int, WeightConfig]:
+        return _CONFIGS.setdefault(self._key, {})
 
     @cached_property
     def _key(self) -> Hashable:
@@ -64,13 +76,12 @@ class SizeSteps:
         dense = self.task.dense_cost(measure)
         # A configuration that costs as much as the dense weights is useless even at keep 1.
         limit = min(keep, (dense - 1) / dense) * dense
-        cost = partial(self.cost, measure=measure)
-        return largest_within(cost, limit, self.largest, multiple=multiple)
+        return largest_within(self.costs(measure), limit, self.largest, multiple=multiple)
 
     def cheapest(self, measure: Measure, *, multiple: int, min_keep: float) -> int:
         """Return the lowest cost that is at least `min_keep` of dense, or the dense cost."""
         dense = self.task.dense_cost(measure)
-        cost = partial(self.cost, measure=measure)
+        cost = self.costs(measure)
         step = smallest_reaching(cost, min_keep * dense, self.largest, multiple=multiple)
         return dense if step == 0 else min(cost(step), dense)
 

@@ -4,6 +4,7 @@ from lrc.compressors.checkpoint.assemble import write_checkpoint, write_tensors
 from lrc.compressors.compress.layerwise import layer_file
 from lrc.compressors.heal.trained_files import trained_tensors
 from lrc.compressors.io.files import new_folder, partial_path, storage_errors
+from lrc.compressors.io.fingerprint import known_hashes, learn_hashes
 from lrc.compressors.planning.plan import Plan
 from lrc.compressors.session import Session
 from lrc.configs.load import LoadedRecipe
@@ -26,13 +27,18 @@ def save_checkpoint(session: Session, plan: Plan, loaded: LoadedRecipe) -> None:
 
 
 def _write_tensors(session: Session, plan: Plan) -> None:
+    processes = session.processes
     with storage_errors(session.checkpoint):
-        write_tensors(
+        written = write_tensors(
             partial_path(session.checkpoint),  # the folder that the first process has made
             plan=plan,
             architecture=session.models.architecture,
             reader=session.models.reader,
             compressed=lambda layer, name: session.journal.read_tensor(layer_file(layer), name),
             trained=trained_tensors(session.journal, plan),
-            processes=session.processes,
+            processes=processes,
         )
+        # The manifest lists the hash of every file, and each process compares them on loading.
+        if not processes.alone:
+            for found in processes.gather(known_hashes(written)):
+                learn_hashes(found)

@@ -180,6 +180,24 @@ def test_time_is_proportional_to_the_text_and_inverse_to_the_speed(
     assert stage_seconds(few, slower)["calibrate"] / once == pytest.approx(2, rel=0.01)
 
 
+def test_runs_without_calibration_take_the_time_of_what_they_convert_read_round_and_write(
+    prepared: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages = [{"quantize": {"method": "rtn", "bits": 8, "embeddings": "int8"}}]
+    work = Workload(prepared(stages, evaluate={"perplexity": [], "baselines": []}), "cpu")
+    monkeypatch.setattr(Workload, "stored_type", "Q4_1")
+    monkeypatch.setattr(seconds_of_stages, "dequantizing_rate", {"Q4_1": 2.0}.get)
+    rates = replace(RATES, disk=3.0, rounding=5.0, reading=7.0, hashing=11.0)
+    found, plan = stage_seconds(work, rates), work.plan
+    linears = sum(linear.d_out * linear.d_in for linear in work.architecture.linears)
+    rounded = linears + work.embedding
+    assert found.keys() == {"convert", "compress", "save"}
+    assert found["convert"] == plan.dense_bytes / 3 + plan.dense_parameters / 2
+    written = sum(work.results) / 3
+    assert found["compress"] == pytest.approx(rounded / 5 + 2 * rounded / 7 + written)
+    assert found["save"] == pytest.approx(plan.compressed_bytes * (1 / 3 + 1 / 7 + 1 / 11))
+
+
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_a_process_has_as_many_windows_as_the_executor_gives_it(
     prepared: Callable[..., Prepared], processes: int

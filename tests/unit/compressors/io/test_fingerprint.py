@@ -1,11 +1,21 @@
 """Files are identified by their content: all of small ones, samples of large ones."""
 
+import hashlib
 import os
 from pathlib import Path
 
 import pytest
 
-from lrc.compressors.io.fingerprint import BLOCK, BLOCKS, fingerprint, fingerprints, sha256
+from lrc.compressors.io import fingerprint as module
+from lrc.compressors.io.fingerprint import (
+    BLOCK,
+    BLOCKS,
+    fingerprint,
+    fingerprints,
+    known_hashes,
+    learn_hashes,
+    sha256,
+)
 
 LARGE = 3 * BLOCK * BLOCKS + 17
 
@@ -57,6 +67,25 @@ def test_the_size_of_a_large_file_counts_and_reading_it_whole_misses_nothing(lar
         file.write(b"\0")
         file.truncate(LARGE - 1)
     assert fingerprint(large) != before
+
+
+def test_a_large_file_is_hashed_once_until_it_is_modified(
+    large: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = known_hashes([large])
+    monkeypatch.setattr(hashlib, "file_digest", None)  # nothing is read any more
+    assert sha256(large) == known_hashes([large])[next(iter(known))]
+    monkeypatch.setattr(module, "_HASHES", {})  # another process
+    learn_hashes(known)
+    assert [sha256(large)] == [*known.values()]
+    monkeypatch.undo()
+    with large.open("r+b") as file:
+        file.write(b"\1")
+        file.flush()
+        changed = hashlib.sha256(large.read_bytes()).hexdigest()
+        assert sha256(large) == changed not in known.values()
+        file.seek(0)
+        file.write(b"\0")
 
 
 def test_only_files_that_match_are_listed(tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ import torch
 
 from lrc.cli import evaluate, generate, whole_models
 from lrc.compressors import pipeline
+from lrc.compressors.io import machine
+from lrc.compressors.io.journal import Journal
 from lrc.compressors.io.machine import Machine
 from lrc.compressors.pipeline import compress
 from lrc.configs.errors import RecipeError
@@ -176,3 +178,21 @@ def test_the_second_gpu_does_all_the_work_and_gives_the_same_result(
             assert torch.cuda.memory_stats(0).get("allocation.all.allocated", 0) == used
     assert weights[0] == weights[1]
     assert torch.cuda.current_device() == 0
+
+
+def test_a_stage_inside_another_counts_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    now = [0.0]
+    for name in ("monotonic", "process_time"):
+        monkeypatch.setattr(machine.time, name, lambda: now[0])
+    clock = machine.Clock(Journal(tmp_path), keep=False)
+    with clock("allocate"):
+        now[0] += 1
+        for _ in range(2):
+            with clock("convert"):
+                now[0] += 10
+                with clock("slice"):
+                    now[0] += 100
+        now[0] += 2
+    assert clock.seconds == clock.cpu_seconds == {"slice": 200, "convert": 20, "allocate": 3}
