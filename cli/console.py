@@ -186,8 +186,8 @@ def quiet_transformers() -> None:
 def freeze_imports() -> None:
     """Exclude what imports have made from garbage collections.
 
-    A run collects garbage after every stage. The modules of torch and transformers contain two
-    million objects that live as long as the process, which take a quarter of a second each time.
+    A run collects garbage after every stage. What torch and transformers have imported lives as
+    long as the process, and looking through it takes a quarter of a second each time.
     """
     gc.freeze()
 
