@@ -13,7 +13,7 @@ TORCH  ?= torch==2.13.0
 JOBS   ?= $(shell n=$$(nproc); echo $$((n > 8 ? 8 : n)))
 
 .DELETE_ON_ERROR:
-.PHONY: help install model llama demo test oldest robustness check format clean
+.PHONY: help install model llama demo test oldest oldest-installed robustness check format clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -77,6 +77,8 @@ oldest: install $(OLDEST)
 	  tests/end_to_end/test_components.py tests/end_to_end/test_experts.py \
 	  tests/end_to_end/test_images.py tests/unit/compressors/models \
 	  tests/unit/compressors/benchmark/test_rotary_tables.py
+
+oldest-installed: $(OLDEST)
 
 $(OLDEST): | $(VENV)/installed
 	mkdir -p .cache

@@ -31,6 +31,7 @@ import pytest
 import torch
 import tqdm
 import yaml
+from tests.checked_architectures import once_each
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     Gemma2Config,
@@ -83,6 +84,16 @@ def no_pages() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "write_page", lambda *arguments: True)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def checked_once() -> Iterator[None]:
+    """Check an architecture once: a tenth of every run. Tests of the check call it directly."""
+    from lrc.compressors import prepare
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "check_layers", once_each(prepare.check_layers))
         yield
 
 

@@ -1,8 +1,6 @@
 """What runs of encoders and of encoder-decoder models, which read padded texts, have in common."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +8,7 @@ from typing import Any
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from tests.fresh_processes import FreshProcesses
 from tests.tiny_encoders import WORDS, tiny_words
 from torch import Tensor
 
@@ -63,7 +62,10 @@ def outputs_of(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
 
 
 def fresh_outputs(
-    checkpoints: Mapping[str, tuple[Path, str]], inputs: dict[str, Tensor], scratch: Path
+    checkpoints: Mapping[str, tuple[Path, str]],
+    inputs: dict[str, Tensor],
+    scratch: Path,
+    with_lrc: FreshProcesses,
 ) -> dict[str, list[Any]]:
     """Load checkpoints in a process without anything of this one; return their outputs.
 
@@ -71,9 +73,7 @@ def fresh_outputs(
     """
     save_file(inputs, scratch / "inputs.safetensors")
     folders = {name: (str(folder), kind) for name, (folder, kind) in checkpoints.items()}
-    arguments = [json.dumps(folders), str(scratch / "inputs.safetensors")]
-    command = [sys.executable, "-c", SCRIPT, *arguments]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    ended = with_lrc(SCRIPT, json.dumps(folders), scratch / "inputs.safetensors")
     assert ended.returncode == 0, ended.stderr
     found: dict[str, list[Any]] = json.loads(ended.stdout.splitlines()[-1])
     return found

@@ -3,7 +3,7 @@
 import json
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from tests.fresh_processes import WITH_LRC, WITHOUT_LRC, FreshProcesses
 from tests.shared_runs import Run, checkpoints_of, made_once
 from torch import Tensor
 from transformers import (
@@ -210,6 +211,22 @@ class Compressed:
             if result.refit and name not in modules:
                 model.get_submodule(name).weight.data.copy_(tensors[f"{name}.weight"])
         return model.eval()
+
+
+@pytest.fixture(scope="session")
+def with_lrc(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FreshProcesses]:
+    """Run code in a process that has imported lrc, and then transformers."""
+    run = FreshProcesses(WITH_LRC, tmp_path_factory.mktemp("with-lrc"))
+    yield run
+    run.close()
+
+
+@pytest.fixture(scope="session")
+def without_lrc(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FreshProcesses]:
+    """Run code in a process that cannot import lrc."""
+    run = FreshProcesses(WITHOUT_LRC, tmp_path_factory.mktemp("without-lrc"))
+    yield run
+    run.close()
 
 
 @pytest.fixture(scope="session")

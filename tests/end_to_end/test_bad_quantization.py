@@ -4,7 +4,7 @@ The tiny model has linear layers of 32 or 48 inputs, the smallest [16, 32].
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -379,11 +379,11 @@ def test_the_plan_of_a_decomposition_that_is_quantized_is_given_back(
     ended.refuses(2, "bits must be in", code="invalid-user-plan", where=str(spoiled))
 
 
-WEIGHTS: dict[str, Callable[[torch.Tensor], object]] = {
-    "zeros": lambda W: W.zero_(),
-    "rank one": lambda W: W.copy_(W[:, :1] @ W[:1]),
-    "nearly zeros": lambda W: W.mul_(1e-7),
-    "a row of nearly zeros": lambda W: W[1].mul_(1e-6),
+SMALL: dict[str, Callable[[torch.Tensor], object]] = {
+    "model.layers.0.mlp.up_proj": lambda W: W.zero_(),
+    "model.layers.1.mlp.up_proj": lambda W: W.copy_(W[:, :1] @ W[:1]),  # of rank one
+    "model.layers.0.mlp.gate_proj": lambda W: W.mul_(1e-7),
+    "model.layers.1.mlp.gate_proj": lambda W: W[1].mul_(1e-6),
 }
 QUANTIZED = {
     "rtn": [{"quantize": {"method": "rtn"}}],
@@ -396,35 +396,35 @@ QUANTIZED = {
 
 
 @pytest.mark.parametrize("stages", QUANTIZED)
-@pytest.mark.parametrize("weights", WEIGHTS)
 def test_small_weights_are_quantized_like_others(
     lrc,
     recipe,
     output,
     spoiled: Callable[..., Path],
     executed: Callable[[Path], Plan],
-    weights: str,
     stages: str,
 ) -> None:
-    source = spoiled(WEIGHTS[weights], "model.layers.0.mlp.up_proj.weight")
+    source = spoiled({f"{name}.weight": spoil for name, spoil in SMALL.items()})
     model = f"model={{path: {source}, dtype: float16}}"
     ended = lrc("compress", recipe, model, f"stages={json.dumps(QUANTIZED[stages])}", "-q")
     assert ended.code == 0, ended.err
-    rows: list[WeightSummary] = summarize(executed(output))
-    small = next(row for row in rows if row.name == "model.layers.0.mlp.up_proj")
-    assert small.config.compressed, small
-    # Small factors may cost no more unquantized.
-    assert stages == "joint" or small.config.quantization is not None
+    rows: dict[str, WeightSummary] = {row.name: row for row in summarize(executed(output))}
+    for name in SMALL:
+        small = rows[name]
+        assert small.config.compressed, small
+        # Small factors may cost no more unquantized.
+        assert stages == "joint" or small.config.quantization is not None
     tensors = load_file(output / "checkpoint/model.safetensors")
     assert all(bool(torch.isfinite(t).all()) for t in tensors.values() if t.is_floating_point())
 
 
 @pytest.fixture
 def spoiled(tiny_llama, make_tokenizer, tmp_path: Path) -> Callable[..., Path]:
-    def make(spoil: Callable[[torch.Tensor], object], name: str) -> Path:
+    def make(weights: Mapping[str, Callable[[torch.Tensor], object]]) -> Path:
         model: LlamaForCausalLM = tiny_llama()
         with torch.no_grad():
-            spoil(model.get_parameter(name))
+            for name, spoil in weights.items():
+                spoil(model.get_parameter(name))
         model.save_pretrained(tmp_path / "spoiled")
         make_tokenizer().save_pretrained(tmp_path / "spoiled")
         return tmp_path / "spoiled"
@@ -438,7 +438,7 @@ def test_weights_that_are_not_finite_are_named(
     lrc, recipe, output, spoiled, bad: float, stages: str
 ) -> None:
     name = "model.layers.1.self_attn.v_proj.weight"
-    source = spoiled(lambda W: W[3].fill_(bad), name)
+    source = spoiled({name: lambda W: W[3].fill_(bad)})
     ended = lrc("compress", recipe, f"model={source}", f"stages={json.dumps(QUANTIZED[stages])}")
     ended.refuses(1, f"{name} holds NaN or Inf", code="invalid-model", where="model.path")
     assert not (output / "checkpoint").exists()

@@ -1,10 +1,7 @@
 """Elastic checkpoints: one file, several budgets, each equal to factors that are cut by hand."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -25,6 +22,7 @@ from tests.elastic_runs import (
     logits,
     ranks_of,
 )
+from tests.fresh_processes import FreshProcesses
 from tests.shared_runs import Run, changed
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM
@@ -187,7 +185,9 @@ def test_plan_and_inspection_list_the_budgets(run: Run, lrc: Callable[..., Any])
     assert facts["elastic"] == BUDGETS
 
 
-def test_a_fresh_process_loads_a_budget(run: Run, sample: Tensor, tmp_path: Path) -> None:
+def test_a_fresh_process_loads_a_budget(
+    run: Run, sample: Tensor, tmp_path: Path, with_lrc: FreshProcesses
+) -> None:
     _, output = run({"decompose": SVD_LLM})
     code = (
         "import lrc, sys, torch; from transformers import AutoModelForCausalLM as M; "
@@ -196,11 +196,8 @@ def test_a_fresh_process_loads_a_budget(run: Run, sample: Tensor, tmp_path: Path
     )
     tokens, found = tmp_path / "tokens.pt", tmp_path / "logits.pt"
     torch.save(sample, tokens)
-    subprocess.run(
-        [sys.executable, "-c", code, output / "checkpoint", tokens, found],
-        check=True,
-        env=dict(os.environ),
-    )
+    ended = with_lrc(code, output / "checkpoint", tokens, found)
+    assert ended.returncode == 0, ended.stderr
     expected = logits(output / "checkpoint", sample, budget=0.6)
     torch.testing.assert_close(torch.load(found), expected, rtol=1e-5, atol=1e-5)
 
@@ -347,10 +344,10 @@ def test_an_interrupted_elastic_run_ends_with_the_same_bytes(
     stage: str,
 ) -> None:
     monkeypatch.setattr(work, "SNAPSHOT_SECONDS", 1e9)
-    stages = [{"decompose": EVENLY_REFINED}, {"heal": HEAL}]
+    stages = [{"decompose": EVENLY_REFINED}, {"heal": {**HEAL, "steps": 12}}]
     _, undisturbed = run(*stages)
     recipe = load_recipe(tiny_recipe(tiny_model_folder, tmp_path / "run", stages=stages))
-    name, number = ("heal", 17) if stage == "heal" else ("compress", 1)
+    name, number = ("heal", 7) if stage == "heal" else ("compress", 1)
 
     def stop(running: str, done: int, total: int) -> None:
         if (running, done) == (name, number):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.fresh_processes import FreshProcesses
 from tests.padded_runs import (
     fresh_outputs,
     outputs_of,
@@ -89,7 +90,10 @@ def load(folder: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def fresh(
-    runs: Any, tmp_path_factory: pytest.TempPathFactory, worker_id: str
+    runs: Any,
+    tmp_path_factory: pytest.TempPathFactory,
+    worker_id: str,
+    with_lrc: FreshProcesses,
 ) -> dict[str, list[Any]]:
     """Load all checkpoints in a process without anything of this one; return their outputs."""
 
@@ -98,7 +102,7 @@ def fresh(
             "-".join(case): (runs(*case)[0] / "run/checkpoint", "AutoModelForSeq2SeqLM")
             for case in CASES
         }
-        return fresh_outputs(checkpoints, batch(), folder)
+        return fresh_outputs(checkpoints, batch(), folder, with_lrc)
 
     found: dict[str, list[Any]]
     found = made_once(tmp_path_factory, "encoder-decoders-fresh", outputs, worker=worker_id)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tests.fresh_processes import FreshProcesses
 from tests.padded_runs import (
     fresh_outputs,
     outputs_of,
@@ -86,7 +87,10 @@ def load(folder: Path, head: str) -> Any:
 
 @pytest.fixture(scope="module")
 def fresh(
-    runs: Any, tmp_path_factory: pytest.TempPathFactory, worker_id: str
+    runs: Any,
+    tmp_path_factory: pytest.TempPathFactory,
+    worker_id: str,
+    with_lrc: FreshProcesses,
 ) -> dict[str, list[Any]]:
     """Load all checkpoints in a process without anything of this one; return their outputs."""
 
@@ -94,7 +98,7 @@ def fresh(
         checkpoints = {
             "-".join(case): (runs(*case)[0] / "run/checkpoint", CLASSES[case[1]]) for case in CASES
         }
-        return fresh_outputs(checkpoints, padded_batch(), folder)
+        return fresh_outputs(checkpoints, padded_batch(), folder, with_lrc)
 
     found: dict[str, list[Any]]
     found = made_once(tmp_path_factory, "encoders-fresh", outputs, worker=worker_id)

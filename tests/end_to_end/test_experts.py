@@ -1,8 +1,6 @@
 """Mixtures of experts: every matrix of every expert is compressed and stored on its own."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from copy import deepcopy
 from math import prod
@@ -222,18 +220,13 @@ print(json.dumps(found))
 """
 
 
-def test_a_fresh_process_gives_the_same_logits(runs, sample, tmp_path):
+def test_a_fresh_process_gives_the_same_logits(runs, sample, tmp_path, with_lrc):
     names = ("mixtral svd-llm", "qwen3_moe mixed", "gpt_oss gptq", "deepseek_v3 mixed")
     folders = {name: str(runs(name) / "checkpoint") for name in names}
     tensors = {name: logits(load(Path(folder)), sample) for name, folder in folders.items()}
     save_file({"sample": sample, **tensors}, tmp_path / "logits.safetensors")
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps(folders), str(tmp_path / "logits.safetensors")],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=120,
-    )
+    done = with_lrc(SCRIPT, json.dumps(folders), tmp_path / "logits.safetensors")
+    assert done.returncode == 0, done.stderr
     assert max(json.loads(done.stdout).values()) <= 1e-5
 
 

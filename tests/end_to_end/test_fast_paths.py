@@ -131,8 +131,12 @@ def test_generation_with_a_static_cache_gives_the_same_tokens(runs, name, dtype)
     assert torch.equal(static, expected)
 
 
-@both
-@dtypes
+# Products of every kind and dtype are compiled in the tests of the kernels.
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("integers", torch.float32), ("factors", torch.bfloat16)],
+    ids=str,
+)
 def test_the_compiled_model_is_one_graph(runs, name: str, dtype: torch.dtype) -> None:
     torch.compiler.reset()
     model = load(runs(name), dtype)

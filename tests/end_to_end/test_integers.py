@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.fresh_processes import FreshProcesses
 from tests.shared_runs import DISK
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -143,15 +142,7 @@ def test_adapters_find_the_factors_of_the_correction(runs, sample) -> None:
 
 
 WITHOUT_LRC = """
-import sys
-
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "lrc":
-            raise ImportError("lrc is not installed")
-
-sys.meta_path.insert(0, Blocked())
-import torch
+import sys, torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -165,23 +156,22 @@ with torch.no_grad():
 """
 
 
-def without_lrc(folder: Path, tensors: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", WITHOUT_LRC, str(folder), str(tensors)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
 @pytest.mark.parametrize("name", ["int4", "some", "schemes"])
-def test_plain_checkpoints_need_no_lrc(runs, name: str, sample, tmp_path: Path) -> None:
+def test_plain_checkpoints_need_no_lrc(
+    runs, name: str, sample, tmp_path: Path, without_lrc: FreshProcesses
+) -> None:
     logits = logits_of(load_checkpoint(runs(name), dtype=torch.float32), sample)
     save_file({"sample": sample, "logits": logits}, tmp_path / "logits.safetensors")
-    ended = without_lrc(runs(name), tmp_path / "logits.safetensors")
+    ended = without_lrc(WITHOUT_LRC, runs(name), tmp_path / "logits.safetensors")
     assert ended.returncode == 0, ended.stderr
     assert float(ended.stdout) <= 1e-4
 
 
 @pytest.mark.parametrize("name", ["asymmetric", "factors"])
-def test_other_checkpoints_stop_without_lrc(runs, name: str, tmp_path: Path) -> None:
-    ended = without_lrc(runs(name), tmp_path)
+def test_other_checkpoints_stop_without_lrc(
+    runs, name: str, tmp_path: Path, without_lrc: FreshProcesses
+) -> None:
+    ended = without_lrc(WITHOUT_LRC, runs(name), tmp_path)
     assert ended.returncode != 0
     assert "lrc" in ended.stderr
 

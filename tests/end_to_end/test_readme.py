@@ -64,9 +64,12 @@ def test_every_command_of_the_walk_runs(
     assert MODEL.is_file(), "run `make model` first"
     models = tmp_path / ".cache" / "models"
     models.mkdir(parents=True)
-    write_excerpt(MODEL, models / MODEL.name, layers=2, tokens=2048)
+    write_excerpt(MODEL, models / MODEL.name, layers=1, tokens=2048)
     recipe = blocks("yaml")[0]
-    for many, few in (("samples: 16", "samples: 4"), ("windows: 4", "windows: 1")):
+    for many, few in (
+        ("samples: 16, length: 512", "samples: 4, length: 128"),
+        ("windows: 4", "windows: 1"),
+    ):
         assert many in recipe
         recipe = recipe.replace(many, few)
     (tmp_path / "my-recipe.yaml").write_text(recipe, encoding="utf-8")

@@ -51,6 +51,8 @@ def test_a_shipped_recipe_runs(
         overrides += [f"stages.1.heal.{key}" for key in ("batch=4", "held_out=128")]
         overrides.append("stages.1.heal.source=python-docs")  # not what is evaluated
         overrides.append("stages.1.heal." + ("steps=3" if name == "block" else "tokens=1000"))
+    if name == "cospadi":
+        overrides.append("stages.0.decompose.rounds=6")
     if name == "joint":
         overrides.append("stages.0.decompose.schemes=[int8, int4-g16, int3-g16, int2-g16]")
     if name == "drafter":

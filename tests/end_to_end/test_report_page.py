@@ -210,17 +210,23 @@ def test_measured_losses_of_the_profile_are_in_report_and_page(drawn: dict[str, 
 def test_report_draws_the_same_page_again_and_keeps_the_checkpoint(
     lrc, run: Drawn, tmp_path: Path
 ) -> None:
-    before = run.page
-    for given in (run.output, run.output / "checkpoint", run.output / "report.json"):
-        (run.output / "report.html").unlink()
-        ended = lrc("report", given, "--json")
-        assert (ended.code, ended.err) == (0, "")
-        assert json.loads(ended.out)["page"] == str(run.output / "report.html")
-        assert run.page == before
     ended = lrc("report", run.output, "--output", tmp_path / "other.html")
-    assert ended.out == f"page: {tmp_path / 'other.html'}\n"
-    assert (tmp_path / "other.html").read_text() == before
+    assert (ended.out, ended.err) == (f"page: {tmp_path / 'other.html'}\n", "")
+    assert (tmp_path / "other.html").read_text() == run.page
     assert lrc("inspect", run.output / "checkpoint", "--verify").code == 0
+
+
+@pytest.mark.parametrize("given", ["", "checkpoint", "report.json"])
+def test_a_run_is_named_by_its_folder_its_checkpoint_or_its_report(
+    lrc, drawn: dict[str, Drawn], given: str
+) -> None:
+    run = drawn["slice"]
+    before = run.page
+    (run.output / "report.html").unlink()
+    ended = lrc("report", run.output / given, "--json")
+    assert (ended.code, ended.err) == (0, "")
+    assert json.loads(ended.out)["page"] == str(run.output / "report.html")
+    assert run.page == before
 
 
 def test_several_runs_are_compared_on_one_page(lrc, drawn: dict[str, Drawn], tmp_path) -> None:

@@ -201,10 +201,15 @@ def test_the_decoder_alone_is_loaded_saved_and_loaded(kind, results, tmp_path) -
     assert torch.equal(states_of(load(tmp_path)), expected)
 
 
+# Both classes hold the decoder under the same name and have a linear layer for scores.
 @pytest.mark.parametrize(
-    "head", [AutoModelForSequenceClassification, AutoModelForTokenClassification]
+    ("kind", "head"),
+    [
+        *((kind, AutoModelForSequenceClassification) for kind in KINDS),
+        ("low rank", AutoModelForTokenClassification),
+        ("blocks, embedding", AutoModelForTokenClassification),
+    ],
 )
-@pytest.mark.parametrize("kind", KINDS)
 def test_classifiers_start_from_it_and_are_saved(kind, head, results, tmp_path) -> None:
     model = load(results(kind), head, num_labels=3)
     assert torch.equal(states_of(model), states_of(load(results(kind))))

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
@@ -13,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.fresh_processes import FreshProcesses
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -108,13 +107,12 @@ def test_a_copy_returns_the_same(rotated: Rotated) -> None:
     assert torch.equal(logits(deepcopy(model)), logits(model))
 
 
-def test_without_lrc_loading_stops(rotated: Rotated) -> None:
+def test_without_lrc_loading_stops(rotated: Rotated, without_lrc: FreshProcesses) -> None:
     code = (
-        "import sys; sys.modules['lrc'] = None\n"
-        "from transformers import AutoModelForCausalLM as A\n"
-        f"A.from_pretrained({str(rotated.checkpoint)!r})"
+        "import sys; from transformers import AutoModelForCausalLM as A\n"
+        "A.from_pretrained(sys.argv[1])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = without_lrc(code, rotated.checkpoint)
     assert done.returncode != 0
     assert "mismatch" in done.stderr.lower()
 

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.fresh_processes import FreshProcesses
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lrc.cli.inspect import describe
@@ -125,17 +124,19 @@ def test_the_budget_is_of_the_whole_model_and_is_kept(
     assert report["calibration"]["tokens"] > 0
 
 
-def test_a_plain_checkpoint_needs_no_lrc(prepared: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_plain_checkpoint_needs_no_lrc(
+    prepared: Callable[..., Any], tmp_path: Path, without_lrc: FreshProcesses
+) -> None:
     compress(prepared(tmp_path / "run", {"slice": DROP}))
     folder = tmp_path / "run/checkpoint"
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
     code = (
-        "import sys; sys.modules['lrc'] = None\n"
-        "import torch; from transformers import AutoModelForCausalLM as A\n"
-        f"model = A.from_pretrained({str(folder)!r})\n"
+        "import sys, torch; from transformers import AutoModelForCausalLM as A\n"
+        "model = A.from_pretrained(sys.argv[1])\n"
         "print(model.generate(torch.tensor([[5, 6]]), max_new_tokens=4).shape[1])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = without_lrc(code, folder)
+    assert done.returncode == 0, done.stderr
     assert 2 < int(done.stdout) <= 6
     facts = describe(folder, verify=True)
     assert (facts["modules"], facts["slices"][0]["method"]) == ([], "drop")

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
@@ -13,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.fresh_processes import FreshProcesses
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lrc.cli.inspect import describe
@@ -163,13 +162,12 @@ def test_parts_may_be_offloaded_to_disk(uneven: Uneven, tmp_path: Path) -> None:
     torch.testing.assert_close(logits(model), logits(uneven.load()))
 
 
-def test_without_lrc_loading_stops(uneven: Uneven) -> None:
+def test_without_lrc_loading_stops(uneven: Uneven, without_lrc: FreshProcesses) -> None:
     code = (
-        "import sys; sys.modules['lrc'] = None\n"
-        "from transformers import AutoModelForCausalLM as A\n"
-        f"A.from_pretrained({str(uneven.checkpoint)!r})"
+        "import sys; from transformers import AutoModelForCausalLM as A\n"
+        "A.from_pretrained(sys.argv[1])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = without_lrc(code, uneven.checkpoint)
     assert done.returncode != 0
     assert "mismatch" in done.stderr.lower()
 
