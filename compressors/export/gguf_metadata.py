@@ -14,10 +14,12 @@ FILE_TYPES = {
     GGMLQuantizationType.F32: LlamaFileType.ALL_F32,
     GGMLQuantizationType.F16: LlamaFileType.MOSTLY_F16,
     GGMLQuantizationType.BF16: LlamaFileType.MOSTLY_BF16,
+    GGMLQuantizationType.Q3_K: LlamaFileType.MOSTLY_Q3_K_S,
     GGMLQuantizationType.Q4_0: LlamaFileType.MOSTLY_Q4_0,
     GGMLQuantizationType.Q4_1: LlamaFileType.MOSTLY_Q4_1,
     GGMLQuantizationType.Q5_0: LlamaFileType.MOSTLY_Q5_0,
     GGMLQuantizationType.Q5_1: LlamaFileType.MOSTLY_Q5_1,
+    GGMLQuantizationType.Q6_K: LlamaFileType.MOSTLY_Q6_K,
     GGMLQuantizationType.Q8_0: LlamaFileType.MOSTLY_Q8_0,
 }
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType, quants
 from torch import Tensor
 
 from lrc.compressors.export.gguf_blocks import (
@@ -13,12 +13,14 @@ from lrc.compressors.export.gguf_blocks import (
     inexact_scales,
     kind_of,
 )
+from lrc.compressors.export.gguf_metadata import file_type
 from lrc.compressors.export.stored_weights import Integers
 from lrc.compressors.layers import ComponentConfig, QuantizationArgs, WeightConfig
 from lrc.compressors.layers.gguf_types import BLOCK_TYPES, EXACT_SCHEMES, BlockType, block_type
 from lrc.compressors.planning.measures import BITS, GGUF
 from lrc.compressors.solvers.quantized_matrix import round_to_nearest
 from lrc.configs import shipped
+from lrc.configs.export_types import GGUF_TYPES
 
 ROWS, COLUMNS = 6, 192
 GROUPS = ("", "-g32", "-g64", "-g96")
@@ -139,6 +141,13 @@ def test_sizes_are_those_of_the_blocks() -> None:
     )
     for kind in BLOCK_TYPES:
         assert (kind.block, kind.bytes) == GGML_QUANT_SIZES[kind_of(kind)]
+
+
+def test_every_type_has_a_type_of_files() -> None:
+    names = [*(each.name for each in BLOCK_TYPES), *(name.upper() for name in GGUF_TYPES)]
+    for name in names:
+        found = file_type([GGMLQuantizationType[name], GGMLQuantizationType[name]])
+        assert name in LlamaFileType(found).name
 
 
 def test_the_recipe_for_gguf_counts_the_bits_of_the_blocks() -> None:
