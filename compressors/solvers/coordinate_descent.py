@@ -9,10 +9,10 @@ from torch import Tensor
 from lrc.compressors.layers.quantization_args import SUPER_BLOCK
 from lrc.compressors.layers.super_blocks import split_scales
 from lrc.compressors.solvers.column_quantizer import ColumnQuantizer
+from lrc.compressors.solvers.common_scales import multiples
 from lrc.compressors.solvers.cpu_threads import one_thread
 from lrc.compressors.solvers.linalg import add_product_, damping_
 from lrc.compressors.solvers.quantized_matrix import QuantizedMatrix
-from lrc.compressors.solvers.super_blocks import multiples
 
 PASSES = 3  # after GPTQ
 BLOCK = 256

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lrc.compressors.layers import QuantizationArgs
 from lrc.compressors.layers.quantization_args import SUPER_BLOCK
+from lrc.compressors.solvers.common_scales import common_scales
 from lrc.compressors.solvers.cpu_threads import map_in_threads
-from lrc.compressors.solvers.super_blocks import common_scales
 
 # Fractions of the full range that are tried. On SmolLM2-135M those below 0.4 lower the error by 4 %
 # with two bits and not at all with four; steps half as wide lower it by 1 %.

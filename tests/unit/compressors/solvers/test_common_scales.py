@@ -5,10 +5,10 @@ import torch
 
 from lrc.compressors.layers import QuantizationArgs
 from lrc.compressors.layers.super_blocks import LARGEST_MULTIPLE, common_digits, split_scales
+from lrc.compressors.solvers.common_scales import common_scales, round_up
 from lrc.compressors.solvers.gptq import gptq, gptq_together
 from lrc.compressors.solvers.linalg import weighted_error
 from lrc.compressors.solvers.quantization_grid import find_grid, round_to_grid
-from lrc.compressors.solvers.super_blocks import common_scales, round_up
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
