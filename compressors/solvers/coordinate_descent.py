@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from lrc.compressors.layers.quantization_args import SUPER_BLOCK
-from lrc.compressors.layers.super_blocks import split_scales
+from lrc.compressors.layers.super_blocks import largest_multiple, split_scales
 from lrc.compressors.solvers.column_quantizer import ColumnQuantizer
-from lrc.compressors.solvers.common_scales import multiples
+from lrc.compressors.solvers.common_scales import limits, multiples
 from lrc.compressors.solvers.cpu_threads import one_thread
 from lrc.compressors.solvers.linalg import add_product_, damping_
 from lrc.compressors.solvers.quantized_matrix import QuantizedMatrix
@@ -148,7 +148,8 @@ def _descend_group_(
     second = (inside * seen[..., where, :]).sum(dim=-2)
     best = before - torch.where(second > 0, first / second, 0)
     if common is not None:
-        best = common * multiples(best / common)
+        limit = limits(common, largest_multiple(quantizer.scheme), dtype)
+        best = common * multiples(best / common, limit)
     change = best.to(dtype).to(before) - before
     helps = (change * (2 * first + change * second) < 0) & (before + change != 0)
     change = torch.where(helps, change, 0)[..., None, :]

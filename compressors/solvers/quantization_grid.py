@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lrc.compressors.layers import QuantizationArgs
 from lrc.compressors.layers.quantization_args import SUPER_BLOCK
+from lrc.compressors.layers.super_blocks import largest_multiple
 from lrc.compressors.solvers.common_scales import common_scales
 from lrc.compressors.solvers.cpu_threads import map_in_threads
 
@@ -179,7 +180,7 @@ def _common(X: Tensor, scale: Tensor, weights: Tensor, scheme: QuantizationArgs)
 
     # Groups of zeros, which any scale represents, must not determine the common number.
     wanted = torch.where(X.abs().amax(dim=2) > 0, scale.double(), 0)
-    return common_scales(wanted, n_groups, scale.dtype, error_of)
+    return common_scales(wanted, n_groups, largest_multiple(scheme), scale.dtype, error_of)
 
 
 def round_to_grid(W: Tensor, grid: Grid, scheme: QuantizationArgs) -> Tensor:
