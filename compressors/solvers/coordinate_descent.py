@@ -52,7 +52,7 @@ def _descended(
     width = columns // start.scale.shape[-1]
     scale = start.scale.mT.to(dtype).repeat_interleave(width, dim=-2)  # [..., columns, rows]
     zero = None if start.zero is None else start.zero.mT.to(dtype).repeat_interleave(width, dim=-2)
-    common = _common_numbers(start, dtype)
+    multiples_of = _common_numbers(start, dtype)
     steps = start.codes.mT.to(dtype, copy=True)  # [..., columns, rows]
     if zero is not None:
         steps -= zero
@@ -75,7 +75,9 @@ def _descended(
                         H[..., left, left],
                         width,
                         start.scale.dtype,
-                        None if common is None else common[..., group // SUPER_BLOCK, :],
+                        None
+                        if multiples_of is None
+                        else tuple(each[..., group // SUPER_BLOCK, :] for each in multiples_of),
                     )
             values = steps[..., block, :] * scale[..., block, :]
             error[..., block, :] = values.sub_(W[..., block, :])
@@ -87,13 +89,17 @@ def _descended(
     )
 
 
-def _common_numbers(start: QuantizedMatrix, dtype: torch.dtype) -> Tensor | None:
-    """Return the common number of every super-block [..., blocks, rows], if there are any."""
+def _common_numbers(start: QuantizedMatrix, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+    """Return the common number and the largest multiple of every super-block, if there are any.
+
+    Both are [..., blocks, rows].
+    """
     if not start.scheme.super_blocks:
         return None
     split = split_scales(start.scale.flatten(0, -2), start.scheme)
     assert split is not None, "the search for the grid has chosen them"
-    return split[0].view(*start.scale.shape[:-1], -1).mT.to(dtype)
+    common = split[0].view(*start.scale.shape[:-1], -1).mT.to(dtype)
+    return common, limits(common, largest_multiple(start.scheme), start.scale.dtype)
 
 
 def update_columns_(
@@ -134,12 +140,13 @@ def _descend_group_(
     H: Tensor,
     width: int,
     dtype: torch.dtype,
-    common: Tensor | None,
+    multiples_of: tuple[Tensor, ...] | None,
 ) -> None:
     """Change the scales, which are stored in `dtype`, and codes of the first `width` columns.
 
     The tensors are those of `update_columns_`, of these columns and of later ones whose slopes are
-    needed; `scale` is updated in place, too. Scales stay multiples of `common` [..., rows].
+    needed; `scale` is updated in place, too. With `multiples_of`, common numbers and largest
+    multiples [..., rows], scales stay multiples of these numbers.
     """
     where = slice(0, width)
     inside, before = steps[..., where, :], scale[..., 0, :]
@@ -147,8 +154,8 @@ def _descend_group_(
     first = (inside * slope[..., where, :]).sum(dim=-2)  # [..., rows], half the derivative
     second = (inside * seen[..., where, :]).sum(dim=-2)
     best = before - torch.where(second > 0, first / second, 0)
-    if common is not None:
-        limit = limits(common, largest_multiple(quantizer.scheme), dtype)
+    if multiples_of is not None:
+        common, limit = multiples_of
         best = common * multiples(best / common, limit)
     change = best.to(dtype).to(before) - before
     helps = (change * (2 * first + change * second) < 0) & (before + change != 0)

@@ -62,8 +62,8 @@ OURS = {
 }
 """Row -> recipe and overrides; the numbers are bits per weight, of which 3.44 is the minimum.
 
-Where rows are no multiples of 256, the minimum is 4.5, and 4.6 and 5.5 are the sizes of Q3_K_M and
-Q4_K_M.
+Matrices whose rows are no multiples of 256 take 4.5 at least. If most are such, 4.6 and 5.5 are the
+sizes of Q3_K_M and Q4_K_M.
 """
 ENDS = {
     "lrc int4-g32": ("int4-g32", "int5-g32"),
