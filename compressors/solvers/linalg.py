@@ -72,6 +72,21 @@ def invert_triangular_(L: Tensor) -> None:
         L[block, block] = corner
 
 
+def inverse_of_factored_(L: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``(L @ L.T)^-1`` in `dtype` for a lower triangular L [d, d], which is overwritten.
+
+    By blocks: besides L and the result, it takes no memory of their size, while
+    `torch.cholesky_inverse` copies L and returns its dtype.
+    """
+    invert_triangular_(L)
+    result = torch.empty_like(L, dtype=dtype)
+    for start, stop in pairwise([*range(0, len(L), TRIANGULAR_BLOCK), len(L)]):
+        # With V = L^-1, whose columns are zero above the diagonal: the inverse is V.T @ V.
+        result[start:, start:stop] = L[start:, start:].T @ L[start:, start:stop]
+        result[start:stop, stop:] = result[stop:, start:stop].T
+    return result
+
+
 def whitening_factor(H: Tensor, damp: float) -> tuple[Tensor, str | None]:
     """Factor a second moment as ``L @ L.T == H + damp * mean(diag(H)) * I``.
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lrc.compressors.solvers.linalg import damped, whitening_factor
+from lrc.compressors.solvers.linalg import damped, inverse_of_factored_, whitening_factor
 from lrc.compressors.solvers.moments import Moment, without_empty
 
 
@@ -51,23 +51,26 @@ class Metric:
         """Return the metric of ``left * E * right``, for vectors like those of `diagonals`."""
         H, G = self.H, self.G
         if H is not None:
-            H = H / right / right.mT
+            H = (H / right).div_(right.mT)  # one copy of what may be the largest matrix
         if G is not None:
-            G = G / left[:, 0] / left[:, 0] if G.ndim == 1 else G / left.mT / left
+            G = G / left[:, 0] / left[:, 0] if G.ndim == 1 else (G / left.mT).div_(left)
         return Metric(H, G)
 
-    def inverse(self, damp: float) -> tuple["Metric", str | None]:
-        """Invert both matrices, each with `damp` times its mean diagonal added; note fallbacks."""
+    def inverse(self, damp: float, dtype: torch.dtype) -> tuple["Metric", str | None]:
+        """Invert both matrices, each with `damp` times its mean diagonal added; note fallbacks.
+
+        The inverses are computed in the dtype of the matrices and returned in `dtype`.
+        """
         sides: list[Tensor | None] = []
         notes = []
         for name, M in (("inputs", self.H), ("gradients", self.G)):
             if M is None or M.ndim == 1:
-                sides.append(None if M is None else 1 / (M + damp * M.mean()))
+                sides.append(None if M is None else (1 / (M + damp * M.mean())).to(dtype))
                 continue
             inverses = []
             for each in M.reshape(-1, *M.shape[-2:]):
                 L, note = whitening_factor(each, damp)
-                inverses.append(torch.cholesky_inverse(L))
+                inverses.append(inverse_of_factored_(L, dtype))
                 if note is not None:
                     notes.append(f"{name}: {note}")
             sides.append(inverses[0] if M.ndim == 2 else torch.stack(inverses))

@@ -8,6 +8,7 @@ from lrc.compressors.solvers.linalg import (
     MAX_DAMP,
     damped,
     descending_eigh,
+    inverse_of_factored_,
     invert_triangular_,
     weighted_error,
     whitening_factor,
@@ -102,6 +103,8 @@ def test_blocks_invert_a_triangle_and_use_one_triangle_of_a_moment(
     invert_triangular_(inverse)
     torch.testing.assert_close(inverse, torch.linalg.inv(L).tril(), rtol=1e-10, atol=1e-12)
     assert torch.equal(inverse, inverse.tril())
+    whole = inverse_of_factored_(L.clone(), torch.float64)
+    torch.testing.assert_close(whole @ H, torch.eye(40, dtype=torch.float64), rtol=0, atol=1e-9)
     before = H.clone()
     assert weighted_error(W, 0 * W, H) == pytest.approx(float((W @ H * W).sum()), rel=1e-12)
     assert torch.equal(H, before)

@@ -136,7 +136,7 @@ def test_refit_of_rows_equals_lstsq() -> None:
     mask = prune(W, H, nonzeros=120).mask
     metric = Metric(H.whole(), G.diagonal)
     X = masked_least_squares(W, metric, mask, torch.zeros_like(W), steps=400)
-    inverse, _ = metric.inverse(0.0)
+    inverse, _ = metric.inverse(0.0, torch.float64)
     _, error = compensated_error(W, inverse, mask, torch.zeros_like(W), steps=400)
     L = torch.linalg.cholesky(H.whole())
     for i in range(12):
@@ -154,7 +154,7 @@ def test_refit_under_a_whole_gradient_moment_equals_the_kronecker_solve() -> Non
     expected = exact_refit(W, H.whole(), G.whole(), mask)
     X = masked_least_squares(W, metric, mask, torch.zeros_like(W), steps=200)
     torch.testing.assert_close(X, expected, rtol=1e-7, atol=1e-8)
-    inverse, _ = metric.inverse(0.0)
+    inverse, _ = metric.inverse(0.0, torch.float64)
     multipliers, error = compensated_error(W, inverse, mask, torch.zeros_like(W), steps=200)
     torch.testing.assert_close(W - error, expected, rtol=1e-7, atol=1e-8)
     moved = metric(error)
