@@ -280,7 +280,6 @@ def test_stages_go_on_from_each_other(run_stages: Run) -> None:
 
 
 MOVING = {"train": "values", "support": "moving", "rate": 0.05}
-MUON = {"optimizer": "muon", "precondition": True, "rate": 2e-2}
 CHAINS: dict[str, list[dict[str, Any]]] = {
     "fixed": [MIXED[0], {"heal": {**BLOCK, "parts": "separate"}}, {"heal": DISTILL}],
     "moving": [
@@ -288,15 +287,17 @@ CHAINS: dict[str, list[dict[str, Any]]] = {
         {"heal": {**BLOCK, "parts": "separate", **MOVING}},
         {"heal": {**DISTILL, **MOVING}},
     ],
-    "muon": [
+    "preconditioned": [
         *STORED["pivoted_low_rank"],
-        {"heal": {**BLOCK, "parts": "separate", **MUON}},
-        {"heal": {**DISTILL, **MUON}},
+        {"heal": {**BLOCK, "parts": "separate", "precondition": True}},
+        {"heal": {**DISTILL, "precondition": True}},
     ],
 }
 
 
-@pytest.mark.parametrize(("chain", "snapshots"), [("fixed", 0.0), ("muon", 1e9), ("moving", 0.0)])
+@pytest.mark.parametrize(
+    ("chain", "snapshots"), [("fixed", 0.0), ("preconditioned", 1e9), ("moving", 0.0)]
+)
 def test_an_interrupted_run_ends_with_the_same_bytes(
     run_stages: Run,
     tiny_model_folder: Path,
