@@ -326,6 +326,21 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
     assert not any("heal" in name for name in left)
 
 
+def test_preconditioning_changes_all_steps(run_stages: Run) -> None:
+    """Both of the whole model and of a part, where the names of parameters have a prefix."""
+    form, block, distill = CHAINS["preconditioned"]
+    ours, _ = run_stages(form, block, distill)
+    theirs, _ = run_stages(form, {"heal": {**BLOCK, "parts": "separate"}})
+    pairs = [[each["training"][0]["layers"][0]["fits"][0] for each in (ours, theirs)]]
+    pairs.append(
+        [run_stages(form, each)[0]["training"][0] for each in (distill, {"heal": DISTILL})]
+    )
+    for fits in pairs:
+        (start, *losses), (same_start, *others) = (fit["losses"] for fit in fits)
+        assert start == same_start
+        assert all(loss != other for loss, other in zip(losses, others, strict=True))
+
+
 def test_the_same_seed_gives_the_same_bytes_and_another_does_not(
     run_stages: Run, tiny_model_folder: Path, tiny_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
