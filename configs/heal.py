@@ -31,9 +31,6 @@ Support = Annotated[
     ),
 ]
 
-Optimizer = Literal["adam", "muon"]
-"""Names of optimizers."""
-
 Rate = Annotated[
     float,
     Field(
@@ -107,9 +104,6 @@ class Selective(AdapterOptions, HealBase):
 
     train: Train = "all"
     support: Support = "fixed"
-    optimizer: Optimizer = "adam"
-    """Of matrices; all other tensors are trained by Adam. `muon` makes all singular values of an
-    update equal."""
     precondition: bool = False
     """Whether the two factors of a low-rank component are trained in coordinates in which the
     other one is orthonormal at first."""
@@ -191,11 +185,6 @@ class Scales(LogitFit):
     def train(self) -> Literal["scales"]:
         """What is trained."""
         return "scales"
-
-    @property
-    def optimizer(self) -> Optimizer:
-        """The optimizer of matrices, of which none is trained."""
-        return "adam"
 
     @property
     def precondition(self) -> bool:

@@ -1,17 +1,15 @@
 """Gradient descent on trained parameters, with the best result so far."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lrc.compressors.heal.budget import Budget
-from lrc.compressors.heal.muon import MOMENTUM, muon_updates
 from lrc.compressors.heal.parameters import TrainedParameters
 from lrc.compressors.heal.schedule import WARM_UP, learning_rate
-from lrc.configs.heal import Optimizer
 
 BETAS, EPSILON = (0.9, 0.95), 1e-8
 LARGEST_NORM = 1.0
@@ -27,7 +25,7 @@ def is_better(loss: float, best: float) -> bool:
 
 
 class Descent:
-    """Adam, or Muon for matrices; gradients are clipped, and the rate follows a schedule.
+    """Adam; gradients are clipped, and the rate follows a schedule.
 
     As long as no step was better than the untrained values, a measurement that is worse after the
     rate has reached its highest value shows that it is too high: training starts again with a lower
@@ -44,8 +42,6 @@ class Descent:
     budget : Budget
     rate : float
         Highest learning rate, relative, until a restart.
-    optimizer : {"adam", "muon"}
-        For matrices; for all other parameters it is Adam.
 
     References
     ----------
@@ -53,14 +49,7 @@ class Descent:
        ICML 2018, section 8. https://arxiv.org/abs/1804.04235
     """
 
-    def __init__(
-        self,
-        trained: TrainedParameters,
-        *,
-        budget: Budget,
-        rate: float,
-        optimizer: Optimizer = "adam",
-    ) -> None:
+    def __init__(self, trained: TrainedParameters, *, budget: Budget, rate: float) -> None:
         self.trained, self.budget = trained, budget
         self.done = 0
         self.rates = [(0, rate)]
@@ -75,16 +64,10 @@ class Descent:
         self._sizes = [max(trained.scale(name), SMALLEST_SIZE) for name in trained.parameters]
         self._parameters = [*trained.parameters.values()]
         self._coordinates = [trained.coordinates.get(name) for name in trained.parameters]
-        matrices = [optimizer == "muon" and trained.is_matrix(name) for name in trained.parameters]
-        self._matrices = [index for index, each in enumerate(matrices) if each]
-        self._others = [index for index, each in enumerate(matrices) if not each]
         for parameter in self._parameters:
             parameter.grad = torch.zeros_like(parameter)  # stays, as recorded steps add to it
         self._averages = [torch.zeros_like(parameter) for parameter in self._parameters]
-        self._squares = [
-            parameter.new_zeros(0) if is_matrix else torch.zeros_like(parameter)
-            for parameter, is_matrix in zip(self._parameters, matrices, strict=True)
-        ]
+        self._squares = [torch.zeros_like(parameter) for parameter in self._parameters]
 
     @property
     def steps(self) -> int:
@@ -124,38 +107,27 @@ class Descent:
             for gradient, coordinates in zip(gradients, self._coordinates, strict=True)
         ]
         self._updates += 1
-        for indices, updates_of in ((self._others, self._adam), (self._matrices, self._muon)):
-            if not indices:
-                continue
-            # torch._foreach functions may return tuples.
-            updates = list(updates_of([gradients[index] for index in indices], indices))
-            torch._foreach_mul_(updates, [-rate * self._sizes[index] for index in indices])
-            for place, index in enumerate(indices):
-                coordinates = self._coordinates[index]
-                if coordinates is not None:
-                    updates[place] = coordinates.of_parameter(updates[place])
-            torch._foreach_add_([self._parameters[index] for index in indices], updates)
+        updates = self._adam(gradients)
+        torch._foreach_mul_(updates, [-rate * size for size in self._sizes])
+        changes = [
+            update if coordinates is None else coordinates.of_parameter(update)
+            for update, coordinates in zip(updates, self._coordinates, strict=True)
+        ]
+        torch._foreach_add_(self._parameters, changes)
 
-    def _adam(self, gradients: Any, indices: Sequence[int]) -> Any:
+    def _adam(self, gradients: Any) -> Any:
         """Return Adam's updates by a few operations; torch's optimizer needs some for each rate."""
         first, second = BETAS
-        averages, squares = ([all_[i] for i in indices] for all_ in (self._averages, self._squares))
-        torch._foreach_lerp_(averages, gradients, 1 - first)
-        torch._foreach_mul_(squares, second)
-        torch._foreach_addcmul_(squares, gradients, gradients, value=1 - second)
-        roots = torch._foreach_sqrt(squares)
+        torch._foreach_lerp_(self._averages, gradients, 1 - first)
+        torch._foreach_mul_(self._squares, second)
+        torch._foreach_addcmul_(self._squares, gradients, gradients, value=1 - second)
+        roots = torch._foreach_sqrt(self._squares)
         torch._foreach_div_(roots, math.sqrt(1 - second**self._updates))
         torch._foreach_add_(roots, EPSILON)
         torch._foreach_mul_(roots, 1 - first**self._updates)
         torch._foreach_reciprocal_(roots)
-        torch._foreach_mul_(roots, averages)
+        torch._foreach_mul_(roots, self._averages)
         return roots
-
-    def _muon(self, gradients: Any, indices: Sequence[int]) -> Any:
-        """Return Muon's updates, with Nesterov's momentum."""
-        averages = [self._averages[index] for index in indices]
-        torch._foreach_lerp_(averages, gradients, 1 - MOMENTUM)
-        return muon_updates(torch._foreach_lerp(gradients, averages, MOMENTUM))
 
     def judge(self, loss: float) -> None:
         """Record the loss on held-out text; the values are kept if it is the lowest so far."""

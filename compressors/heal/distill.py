@@ -87,7 +87,7 @@ def distill(work: HealWork, options: Distill | Scales) -> dict[str, Any]:
     )
     most = BATCH_TOKENS[torch.device(device).type] // text.training.shape[1]
     together = min(options.batch, options.micro_batch or max(1, most))
-    descent = Descent(trained, budget=work.budget(), rate=options.rate, optimizer=options.optimizer)
+    descent = Descent(trained, budget=work.budget(), rate=options.rate)
     snapshots = Snapshots(work, descent)
     switch = BudgetSwitch(student, work.plan.elastic)
 

@@ -147,7 +147,7 @@ class LayerFit:
         self, trained: TrainedParameters, options: Block, *, budget: Budget, seed: int
     ) -> Descent:
         """Train, and leave the best values in the layer."""
-        descent = Descent(trained, budget=budget, rate=options.rate, optimizer=options.optimizer)
+        descent = Descent(trained, budget=budget, rate=options.rate)
         first = self.held_out_error(trained)
         descent.judge(first)
         n_windows = len(self._data.dense) - self._data.n_held_out

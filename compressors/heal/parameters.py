@@ -165,11 +165,6 @@ class TrainedParameters:
             return self.coordinates[name].size
         return float(self.parameters[name].detach().square().mean().sqrt())
 
-    def is_matrix(self, name: str) -> bool:
-        """Return whether a parameter is a matrix that inputs are multiplied by."""
-        is_stored = name.endswith(".weight") and name not in self._forms
-        return is_stored and self.parameters[name].ndim == 2
-
     @contextmanager
     def as_stored(self) -> Iterator[None]:
         """Compute with the values as they would be stored, inside the context."""

@@ -172,18 +172,12 @@ def healed() -> Iterator[tuple[str, Stages]]:
 
 
 def tuned(name: str, stage: dict[str, Any], heal: dict[str, Any]) -> Iterator[tuple[str, Stages]]:
-    """Yield rows with other optimizers and rates, for the same tokens."""
-    for optimizer, precondition, batch, rate in product(
-        ("adam", "muon"), (False, True), (1, 2, 4, 8), (3e-4, 5e-4, 1e-3, 2e-3, 3e-3, 5e-3)
-    ):
-        options = {
-            "optimizer": optimizer,
-            "precondition": precondition,
-            "batch": batch,
-            "rate": rate,
-        }
-        kind = f"{optimizer}{', precondition' if precondition else ''}"
-        row = f"healed, {kind}, batch {batch}, rate {rate:g}: {name}"
+    """Yield rows with and without preconditioning, and with other batches and rates."""
+    rates = (3e-4, 5e-4, 1e-3, 2e-3, 3e-3, 5e-3)
+    for precondition, batch, rate in product((False, True), (1, 2, 4, 8), rates):
+        options = {"precondition": precondition, "batch": batch, "rate": rate}
+        kind = "healed, precondition" if precondition else "healed"
+        row = f"{kind}, batch {batch}, rate {rate:g}: {name}"
         yield row, [stage, {"heal": heal | options}]
 
 

@@ -280,7 +280,6 @@ def test_stages_go_on_from_each_other(run_stages: Run) -> None:
 
 
 MOVING = {"train": "values", "support": "moving", "rate": 0.05}
-MUON = {"optimizer": "muon", "precondition": True, "rate": 2e-2}
 CHAINS: dict[str, list[dict[str, Any]]] = {
     "fixed": [MIXED[0], {"heal": {**BLOCK, "parts": "separate"}}, {"heal": DISTILL}],
     "moving": [
@@ -288,15 +287,17 @@ CHAINS: dict[str, list[dict[str, Any]]] = {
         {"heal": {**BLOCK, "parts": "separate", **MOVING}},
         {"heal": {**DISTILL, **MOVING}},
     ],
-    "muon": [
+    "preconditioned": [
         *STORED["pivoted_low_rank"],
-        {"heal": {**BLOCK, "parts": "separate", **MUON}},
-        {"heal": {**DISTILL, **MUON}},
+        {"heal": {**BLOCK, "parts": "separate", "precondition": True}},
+        {"heal": {**DISTILL, "precondition": True}},
     ],
 }
 
 
-@pytest.mark.parametrize(("chain", "snapshots"), [("fixed", 0.0), ("muon", 1e9), ("moving", 0.0)])
+@pytest.mark.parametrize(
+    ("chain", "snapshots"), [("fixed", 0.0), ("preconditioned", 1e9), ("moving", 0.0)]
+)
 def test_an_interrupted_run_ends_with_the_same_bytes(
     run_stages: Run,
     tiny_model_folder: Path,
@@ -323,6 +324,21 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
     assert [each["kept"] for each in report["training"]] == [True, True]
     left = {path.name for path in (tmp_path / "run/work").iterdir()}
     assert not any("heal" in name for name in left)
+
+
+def test_preconditioning_changes_all_steps(run_stages: Run) -> None:
+    """Both of the whole model and of a part, where the names of parameters have a prefix."""
+    form, block, distill = CHAINS["preconditioned"]
+    ours, _ = run_stages(form, block, distill)
+    theirs, _ = run_stages(form, {"heal": {**BLOCK, "parts": "separate"}})
+    pairs = [[each["training"][0]["layers"][0]["fits"][0] for each in (ours, theirs)]]
+    pairs.append(
+        [run_stages(form, each)[0]["training"][0] for each in (distill, {"heal": DISTILL})]
+    )
+    for fits in pairs:
+        (start, *losses), (same_start, *others) = (fit["losses"] for fit in fits)
+        assert start == same_start
+        assert all(loss != other for loss, other in zip(losses, others, strict=True))
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_does_not(

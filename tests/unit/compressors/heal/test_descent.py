@@ -8,26 +8,19 @@ from lrc.compressors.heal.budget import StepBudget
 from lrc.compressors.heal.descent import BETAS, EPSILON, LARGEST_NORM, LOWER, Descent
 from lrc.compressors.heal.parameters import SMALLEST_SCALE, TrainedParameters
 from lrc.compressors.heal.schedule import WARM_UP, learning_rate
-from lrc.configs.heal import Optimizer
 
 TARGET = torch.tensor([0.5, -0.25, 2.0])
 
 
-def start(rate: float = 0.05, steps: int = 60, optimizer: Optimizer = "adam") -> Descent:
+def start(rate: float = 0.05, steps: int = 60) -> Descent:
     parameters = {"x": nn.Parameter(torch.ones(3)), "unused": nn.Parameter(torch.ones(2))}
-    if optimizer == "muon":
-        parameters["matrix.weight"] = nn.Parameter(torch.eye(3, 4))
     dtypes = dict.fromkeys(parameters, torch.bfloat16)
     trained = TrainedParameters(parameters, dtypes)
-    return Descent(trained, budget=StepBudget(steps), rate=rate, optimizer=optimizer)
+    return Descent(trained, budget=StepBudget(steps), rate=rate)
 
 
 def loss_of(descent: Descent) -> Tensor:
-    loss = (descent.trained.parameters["x"] - TARGET).square().sum()
-    for name, parameter in descent.trained.parameters.items():
-        if name == "matrix.weight":
-            loss = loss + (parameter - TARGET[:, None]).square().sum()
-    return loss
+    return (descent.trained.parameters["x"] - TARGET).square().sum()
 
 
 def advance(descent: Descent, steps: int) -> None:
@@ -46,9 +39,9 @@ def test_it_descends_and_the_best_is_stored_in_its_dtype() -> None:
     torch.testing.assert_close(descent.best["x"].float(), TARGET, atol=0.1, rtol=0)
 
 
-@pytest.mark.parametrize(("rate", "optimizer"), [(0.05, "adam"), (30.0, "adam"), (0.05, "muon")])
-def test_a_saved_state_continues_to_the_same_bits(rate: float, optimizer: Optimizer) -> None:
-    undisturbed, first, second = (start(rate, optimizer=optimizer) for _ in range(3))
+@pytest.mark.parametrize("rate", [0.05, 30.0])
+def test_a_saved_state_continues_to_the_same_bits(rate: float) -> None:
+    undisturbed, first, second = (start(rate) for _ in range(3))
     for each in (undisturbed, first):
         each.judge(loss_of(each).item())
     advance(undisturbed, 60)
