@@ -119,7 +119,8 @@ class Pruning(FixedSizeMethod):
         """Return the multiply-adds, which do not depend on the number of entries."""
         if self.saliency != "second-order":
             return 0
-        return len(sizes) * pruning_work(d_out, d_in, rounds=CURVE_ROUNDS if curve else ROUNDS)
+        rounds = CURVE_ROUNDS if curve else ROUNDS
+        return len(sizes) * pruning_work(d_out, d_in, rounds=rounds, curve=curve)
 
 
 def _pattern(sizes: Sizes, options: Mapping[str, Any]) -> Pattern:

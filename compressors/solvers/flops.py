@@ -7,7 +7,12 @@ from math import prod
 
 from lrc.compressors.solvers.chain_fit import CG_STEPS
 from lrc.compressors.solvers.ksvd import POWER_STEPS
-from lrc.compressors.solvers.mask_search import OUTER_STEPS, STEPS, STEPS_IN_METRIC
+from lrc.compressors.solvers.mask_search import (
+    CURVE_STEPS_IN_METRIC,
+    OUTER_STEPS,
+    STEPS,
+    STEPS_IN_METRIC,
+)
 from lrc.compressors.solvers.sparse_plus_low_rank import START_STEPS, directions
 from lrc.compressors.solvers.thresholding import CODE_STEPS, FINAL_ROUNDS, FINAL_STEPS, START_ROUNDS
 
@@ -20,9 +25,10 @@ METRICS = 5
 EIGENVECTORS = 40
 
 
-def pruning_work(d_out: int, d_in: int, *, rounds: int) -> int:
+def pruning_work(d_out: int, d_in: int, *, rounds: int, curve: bool) -> int:
     """Count second-order pruning: one product ``G @ E @ H`` per step, and one per refit."""
-    fits = 2 * (OUTER_STEPS + 2) + rounds * (STEPS + 2) + STEPS_IN_METRIC + 1
+    last = CURVE_STEPS_IN_METRIC if curve else STEPS_IN_METRIC
+    fits = 2 * (OUTER_STEPS + 2) + rounds * (STEPS + 2) + last + 1
     return fits * d_out * d_in * (d_out + d_in)
 
 
