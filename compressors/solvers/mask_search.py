@@ -37,8 +37,8 @@ SWAPS, GROUP_SWAPS, SWAPS_DECAY = 0.05, 0.15, 0.65
 # compared fairly. With few tokens a metric is so ill-conditioned that half of these steps leave
 # twice the error if most entries are removed.
 STEPS, OUTER_STEPS = 6, 12
-# Steps for the values of the chosen mask, without `SEARCH_DAMP`, and for those at a size of a curve.
-# On matrices of layer 1 of SmolLM2-135M with 0.4 to 0.8 of the entries, 24 steps leave 18 % (q), 13 %
+# Steps for the values of the chosen mask, without `SEARCH_DAMP`; fewer for each size of a curve. On
+# matrices of layer 1 of SmolLM2-135M with 0.4 to 0.8 of the entries, 24 steps leave 18 % (q), 13 %
 # (o), 10 % (k), 7 % (gate), 4 % (v) and 0 % (down) less error than 6; on other text nearly as much.
 STEPS_IN_METRIC, CURVE_STEPS_IN_METRIC = 24, 6
 # Numbers of a weight from which products are in TF32, on a GPU. Smaller ones are limited by the
