@@ -121,10 +121,13 @@ def evaluate(
         _refuse(context, OF_TASKS, "is an option of --tasks; leave it out, or give --tasks")
     if not perplexity:
         _refuse(context, OF_TEXTS, "is an option of --perplexity; leave it out, or give a text")
-    from lrc.cli.evaluate import check_eval_gates, raise_if_missing, run
-    from lrc.cli.quality import print_evaluation
-    from lrc.compressors.io.machine import Machine
-    from lrc.configs.recipe import Evaluate, Perplexity, Tasks
+    with console.importing():
+        from lrc.cli.evaluate import check_eval_gates, raise_if_missing, run
+        from lrc.cli.quality import print_evaluation
+        from lrc.compressors.io.machine import Machine
+        from lrc.configs.recipe import Evaluate, Perplexity, Tasks
+
+        console.quiet_transformers()
 
     request = Evaluate(
         perplexity=[Perplexity(source=s, window=window, windows=windows) for s in perplexity or []],
@@ -133,9 +136,6 @@ def evaluate(
         streaming=known("--streaming", streaming, STREAMING),
         gates=read_gates(gate),
     )
-
-    console.quiet_transformers()
-    console.freeze_imports()
     with console.Steps(quiet=quiet).running() as steps:
         machine = Machine(device, on_step=steps, on_warning=steps.warn)
         try:
@@ -186,11 +186,13 @@ def _evaluate_drafter(
         )
     if not texts:
         raise UsageError("--draft: needs a text for prompts; give --perplexity python-docs")
-    from lrc.cli.eval_draft import run
-    from lrc.cli.eval_draft_tables import print_drafting
-    from lrc.compressors.benchmark.drafting import DraftSettings
-    from lrc.compressors.io.machine import Machine
+    with console.importing():
+        from lrc.cli.eval_draft import run
+        from lrc.cli.eval_draft_tables import print_drafting
+        from lrc.compressors.benchmark.drafting import DraftSettings
+        from lrc.compressors.io.machine import Machine
 
+        console.quiet_transformers()
     machine = Machine(device)
     chosen = [
         default if number is None else number
@@ -204,8 +206,6 @@ def _evaluate_drafter(
             f"--tokens: must be at least {settings.drafts + 2} with {settings.drafts} drafts in a "
             f"round, so that there is a second one, got {settings.tokens}; raise it"
         )
-    console.quiet_transformers()
-    console.freeze_imports()
     with console.Steps(quiet=quiet).running() as steps:
         machine = replace(machine, on_step=steps, on_warning=steps.warn)
         found = run(checkpoints[0], drafter, texts, settings, machine, trusted=trusted)

@@ -40,16 +40,16 @@ def run(
         If there is nothing to predict, or an option is out of range.
     """
     _check(loaded, windows, svg, program, as_json=as_json)
-    from lrc.cli.sensitivity import print_profile, print_sensitivity
-    from lrc.compressors import pipeline
-    from lrc.compressors.export.layer_settings import layer_settings
-    from lrc.compressors.io.files import write_text
-    from lrc.compressors.io.machine import Machine
-    from lrc.compressors.page.sensitivity_plot import sensitivity_svg
-    from lrc.compressors.planning.loss_curves import curves_json
+    with console.importing():
+        from lrc.cli.sensitivity import print_profile, print_sensitivity
+        from lrc.compressors import pipeline
+        from lrc.compressors.export.layer_settings import layer_settings
+        from lrc.compressors.io.files import write_text
+        from lrc.compressors.io.machine import Machine
+        from lrc.compressors.page.sensitivity_plot import sensitivity_svg
+        from lrc.compressors.planning.loss_curves import curves_json
 
-    console.quiet_transformers()
-    console.freeze_imports()
+        console.quiet_transformers()
     measured = None
     with console.Steps(quiet=quiet).running() as steps:
         machine = Machine(device, on_step=steps)  # warnings are printed with the plan

@@ -140,15 +140,16 @@ def plan(
         run(loaded, profile, device, svg=svg, program=program, as_json=as_json, quiet=quiet)
         return
     console.preparing(recipe, quiet=quiet)
-    from lrc.cli import tables
-    from lrc.compressors.estimates.estimate import estimate, refuse_too_large
-    from lrc.compressors.io.machine import Machine
-    from lrc.compressors.planning.predicted_times import predicted_times
-    from lrc.compressors.prepare import prepare
-    from lrc.compressors.session import check_division
-    from lrc.compressors.stages import STAGES
+    with console.importing():
+        from lrc.cli import tables
+        from lrc.compressors.estimates.estimate import estimate, refuse_too_large
+        from lrc.compressors.io.machine import Machine
+        from lrc.compressors.planning.predicted_times import predicted_times
+        from lrc.compressors.prepare import prepare
+        from lrc.compressors.session import check_division
+        from lrc.compressors.stages import STAGES
 
-    console.quiet_transformers()
+        console.quiet_transformers()
     machine = Machine(device)
     prepared = prepare(loaded.recipe, STAGES, weights=False)
     check_division(prepared, processes)
@@ -192,13 +193,13 @@ def compress(
         several.assist(loaded)
         return
     console.preparing(recipe, quiet=quiet)
-    from lrc.cli import tables
-    from lrc.compressors.evaluate.gates import check_gates, metrics_of
-    from lrc.compressors.io.machine import Machine
-    from lrc.compressors.pipeline import compress as run
+    with console.importing():
+        from lrc.cli import tables
+        from lrc.compressors.evaluate.gates import check_gates, metrics_of
+        from lrc.compressors.io.machine import Machine
+        from lrc.compressors.pipeline import compress as run
 
-    console.quiet_transformers()
-    console.freeze_imports()
+        console.quiet_transformers()
     missed: EvaluationIncomplete | GateMissed | None = None
     with console.Steps(quiet=quiet, lost=team.lost).running() as steps:
         try:

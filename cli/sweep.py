@@ -75,15 +75,15 @@ def sweep(
         )
     gate = None if target is None else _gate(target, axes, first)
     folder = (output or Path(f"{first.output}-sweep")).expanduser()
-    from lrc.cli.sweep_table import print_sweep
-    from lrc.compressors.io.files import write_text
-    from lrc.compressors.io.machine import Machine
-    from lrc.compressors.page.render import render_sweep
-    from lrc.compressors.sweep.run_sweep import Sweep
-    from lrc.compressors.sweep.target import search
+    with console.importing():
+        from lrc.cli.sweep_table import print_sweep
+        from lrc.compressors.io.files import write_text
+        from lrc.compressors.io.machine import Machine
+        from lrc.compressors.page.render import render_sweep
+        from lrc.compressors.sweep.run_sweep import Sweep
+        from lrc.compressors.sweep.target import search
 
-    console.quiet_transformers()
-    console.freeze_imports()
+        console.quiet_transformers()
     with console.Steps(quiet=quiet).running() as steps:
         machine = Machine(device, overwrite=overwrite, on_step=steps, on_warning=steps.warn)
         work = Sweep(recipe, folder, machine)

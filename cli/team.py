@@ -47,11 +47,11 @@ class Team:
 
     def assist(self, loaded: "LoadedRecipe") -> None:
         """Execute a recipe under the lead of another process."""
-        from lrc.compressors.io.machine import Machine
-        from lrc.compressors.pipeline import assist
+        with console.importing():
+            from lrc.compressors.io.machine import Machine
+            from lrc.compressors.pipeline import assist
 
-        console.quiet_transformers()
-        console.freeze_imports()
+            console.quiet_transformers()
         assist(loaded, self.machine(Machine(self.processes.device), loaded))
 
     def on_lost(self, ranks: list[int]) -> None:
@@ -118,7 +118,8 @@ def join(device: str) -> Team:
         If they cannot work together.
     """
     global _team
-    from lrc.compressors.distributed.launch import join, process_device
+    with console.importing():
+        from lrc.compressors.distributed.launch import join, process_device
 
     _team = Team(join(process_device(device)), Log())
     if _team.assists:  # the first process stops the others

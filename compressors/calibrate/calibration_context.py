@@ -10,6 +10,7 @@ from torch import Tensor
 from lrc.compressors.corpus.pairs import Pairs
 from lrc.compressors.corpus.sentences import Sentences
 from lrc.compressors.distributed.processes import ALONE, Processes
+from lrc.compressors.io.finite import all_finite
 from lrc.compressors.io.journal import Journal
 from lrc.compressors.io.machine import OnStep
 from lrc.compressors.models.architecture import Architecture
@@ -58,5 +59,5 @@ def check_finite(
     remedy: str = "its weights or those before it are damaged or overflow: check the source model",
 ) -> None:
     """Raise a ModelError if a value is not finite; `what` names it, and where it was computed."""
-    if not bool(torch.as_tensor(value).isfinite().all()):
+    if not all_finite(torch.as_tensor(value)):
         raise ModelError(f"model: not finite on the calibration text: {what}; {remedy}")

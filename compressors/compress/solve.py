@@ -19,6 +19,7 @@ from lrc.compressors.compress.quantize_parts import (
     quantize_parts,
     quantize_whole,
 )
+from lrc.compressors.io.finite import all_finite
 from lrc.compressors.io.machine import to_host
 from lrc.compressors.layers import COMPONENTS, WeightConfig, reconstruct
 from lrc.compressors.layers.pivot_rows import NoPivotRows
@@ -67,7 +68,7 @@ def refit_dense(
     """Store the refit weight `V` [d_out, d_in] of a task that stays dense."""
     config = WeightConfig(task.shape)
     rounded = to_host(V.to(dtype))
-    if not bool(torch.isfinite(rounded).all()):
+    if not all_finite(rounded):
         reason = joined(fallback, f"the refit weight overflows {dtype}; kept as in the source")
         return CompressedGroup(task, LayerResult(config, fallback=reason))
     result = LayerResult(config, refit=True, fallback=fallback)
@@ -232,7 +233,7 @@ def _stored(
     compressed = CompressedGroup(group.task, replace(result, fallback=fallback), tensors)
     if mean is not None:
         tensors[f"{group.task.name}.bias"] = _bias(group, compressed, mean)
-    if not all(bool(torch.isfinite(t).all()) for t in tensors.values()):
+    if not all(all_finite(t) for t in tensors.values() if t.is_floating_point()):
         return left_dense(group.task, f"components overflow {group.dtype}; stays dense")
     return replace(compressed, tensors={name: to_host(t) for name, t in tensors.items()})
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.backends.cuda import preferred_linalg_library
 
+from lrc.compressors.io.finite import all_finite
+
 # Largest coefficient, so that rounding the coefficients to 16 bits is harmless. Relative error of
 # the product in bfloat16, for spectra and metrics with condition numbers up to 1e6:
 #
@@ -99,7 +101,7 @@ def pivot_rows(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _lower_factor(B: Tensor) -> tuple[Tensor, Tensor]:
     """Return the unit lower factor of LU with partial pivoting, and the order of the rows."""
     d_out, rank = B.shape
-    if not bool(torch.isfinite(B).all()):
+    if not all_finite(B):
         raise NoPivotRows("the factors must be finite, got infinities or NaN")
     LU, swaps = _lu_factor(B)
     # What elimination leaves of a linearly dependent column is rounding error.

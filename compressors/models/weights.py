@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from lrc.compressors.io.finite import all_finite
 from lrc.compressors.io.machine import to_device
 from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.models.contents import read_contents
@@ -156,7 +157,7 @@ class WeightReader(SkeletonFiller):
                 "run the same command again"
             ) from error
         tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not all_finite(tensor):
             raise not_finite(name, self._parameters[name].dtype)
         return tensor
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lrc.compressors.io.finite import all_finite
 from lrc.compressors.layers import QuantizationArgs
 from lrc.compressors.layers.quantization_args import SUPER_BLOCK
 from lrc.compressors.layers.super_blocks import largest_multiple
@@ -194,7 +195,7 @@ def round_to_grid(W: Tensor, grid: Grid, scheme: QuantizationArgs) -> Tensor:
 
 def check_finite(numbers: Tensor, name: str) -> None:
     """Raise ValueError if a tensor, called `name` in the message, holds infinities or NaN."""
-    if not bool(torch.isfinite(numbers).all()):
+    if not all_finite(numbers):
         raise ValueError(f"{name} {list(numbers.shape)} holds infinities or NaN")
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from lrc.compressors.calibrate.calibration_context import CalibrationContext
 from lrc.compressors.calibrate.layer_calls import LayerCall
 from lrc.compressors.calibrate.layer_executor import LayerExecutor
+from lrc.compressors.io.freed_memory import drop_shared_pages
 from lrc.compressors.layers import TiedHead
 from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.models.weights import SkeletonFiller
@@ -100,3 +101,4 @@ class StateLogits:
             hidden = self._states[place, rows].to(self._model.context.device, self.dtype)
             ids = self._model.tokens[place, rows]
             yield start, self._model.logits(hidden[None], ids[None])[0]
+        drop_shared_pages(self._states[place])
