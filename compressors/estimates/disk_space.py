@@ -52,6 +52,8 @@ def disk_space(
         left = [total, *(total - done for done in accumulate(statistics))]
         written = accumulate(results)
         peak = max(a + b for a, b in zip(left, written, strict=False))
+        if work.processes > 1 and not work.compensated:  # deleted when all layers are finished
+            peak = total + sum(results)
         found["compress"] = kept + peak + on_disk.get("compress", 0)
     kept += sum(results)
     for training in plan.training:
@@ -60,7 +62,8 @@ def disk_space(
         found["heal"] = kept + 6 * trained
         kept += trained
     kept += plan.compressed_bytes + TOKENIZER * 2 * work.vocabulary
-    found["save"] = kept
+    # The hidden states of compensation are deleted after the checkpoint has been written.
+    found["save"] = kept + on_disk.get("compress", 0)
     if work.evaluate.perplexity:
         found["evaluate"] = kept + on_disk.get("evaluate", 0)
     return found

@@ -18,7 +18,7 @@ from lrc.compressors.estimates.buffers import Buffers
 from lrc.compressors.estimates.disk_space import disk_space
 from lrc.compressors.estimates.machine_rates import measure_rates
 from lrc.compressors.estimates.memory_peaks import memory_peaks
-from lrc.compressors.estimates.stage_seconds import stage_seconds
+from lrc.compressors.estimates.stage_seconds import stage_seconds, write_backlogs
 from lrc.compressors.estimates.workload import Workload
 from lrc.compressors.evaluate.generations import read_prompts
 from lrc.compressors.io.disk_use import existing_folder, free_disk, used_disk
@@ -88,7 +88,7 @@ def estimate(prepared: Prepared, device: str, processes: int = 1) -> Estimate:
     seconds = stage_seconds(work, rates)
     trim()  # of what the measurements have used
     now = psutil.Process().memory_info().rss
-    peaks = memory_peaks(work, buffers, free)
+    peaks = memory_peaks(work, buffers, free, write_backlogs(work, rates, seconds))
     return Estimate(
         seconds=seconds,
         host_bytes={stage: now + host for stage, (host, _) in peaks.items()},

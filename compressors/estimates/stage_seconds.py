@@ -5,7 +5,7 @@ The constants count passes and products in the code that they name, or were meas
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from pydantic import TypeAdapter
 
@@ -15,14 +15,16 @@ from lrc.compressors.calibrate.sequential_calibration import EXPERT_BYTES
 from lrc.compressors.checkpoint.writer import MAX_SHARD_BYTES
 from lrc.compressors.compress.layerwise import relative_cost
 from lrc.compressors.distributed.processes import Processes
+from lrc.compressors.estimates.fixed_size_work import (
+    OPERATION_SECONDS,
+    curve_operations,
+    fixed_size_flops,
+    solution_operations,
+)
 from lrc.compressors.estimates.machine_rates import MachineRates, dequantizing_rate
 from lrc.compressors.estimates.workload import Workload, numbers, sides
-from lrc.compressors.methods.base import LOW_RANK_TYPES, FixedSizeMethod
+from lrc.compressors.methods.base import LOW_RANK_TYPES
 from lrc.compressors.methods.table import METHODS
-from lrc.compressors.planning.measures import BITS
-from lrc.compressors.planning.plan import Plan
-from lrc.compressors.planning.rate_distortion import size_families
-from lrc.compressors.planning.sizes import SizeSteps
 from lrc.compressors.planning.tasks import LayerTask
 from lrc.compressors.slicing import METHODS as SLICERS
 from lrc.compressors.solvers.quantization_grid import RANGES
@@ -45,7 +47,10 @@ CODE_PASSES, CODE_STEPS = 8, 2900
 many elementwise operations on the matrix: fitted to seven shapes from 192 x 576 to 1024 x 3072."""
 COLUMN_SECONDS = {"cpu": 0.0, "cuda": 1e-4}
 """GPTQ goes through a matrix column by column, and starts a few kernels for each."""
-READING_TEXT = 2.0
+MATRIX_SECONDS = {"cpu": 0.0, "cuda": 0.01}
+"""Time to solve the smallest matrix: its statistics are read from a file, copied to the GPU, and
+solved by some dozens of operations there (H200)."""
+READING_TEXT = 0.5
 """Seconds to read and tokenize a text."""
 LOADING = 0.2
 """Seconds to load a tokenizer and make a model, besides reading its weights."""
@@ -73,13 +78,17 @@ def stage_seconds(work: Workload, rates: MachineRates) -> dict[str, float]:
     curves, solutions = fixed_size_flops(plan)
     pending = [task for task in work.pending if _low_rank(task)]
     if pending or curves:
-        seconds["allocate"] = 2 * curves / rates.products + _reading(work.pending, work, rates)
+        started = OPERATION_SECONDS[work.kind] * curve_operations(work)
+        seconds["allocate"] = max(2 * curves / rates.products, started)
+        seconds["allocate"] += _reading(work.pending, work, rates)
+        seconds["allocate"] += MATRIX_SECONDS[work.kind] * len(work.pending)
         seconds["allocate"] += sum(_spectrum(task, rates, values=True) for task in pending)
         seconds["allocate"] += _schemes(work, rates)
         seconds["allocate"] *= _layer_share(work)
     if work.tasks:
-        solving = 2 * solutions / rates.products + _solutions(work, rates)
-        solving += _reading(work.tasks, work, rates)
+        started = OPERATION_SECONDS[work.kind] * solution_operations(work)
+        solving = max(2 * solutions / rates.products, started) + _solutions(work, rates)
+        solving += _reading(work.tasks, work, rates) + MATRIX_SECONDS[work.kind] * len(work.tasks)
         seconds["compress"] = solving * (
             _input_share(work) if work.compensated else _layer_share(work)
         )
@@ -243,31 +252,18 @@ def _compensation(work: Workload, rates: MachineRates) -> float:
     return passes * _forward(work, rates, work.layers) + products
 
 
-def fixed_size_flops(plan: Plan) -> tuple[int, int]:
-    """Return the multiply-adds of fixed-size methods: for curves, and for the final solutions.
+def write_backlogs(
+    work: Workload, rates: MachineRates, seconds: Mapping[str, float]
+) -> dict[str, float]:
+    """Return the part of a stage's results that wait at its end, if writing takes longer than it.
 
-    Where an allocator has yet to choose, the most expensive components count.
+    On a GPU, results are written while the next ones are computed.
     """
-    curves = solutions = 0
-    for task in plan.tasks:
-        if not task.compressed:
-            continue
-        allocation = None if task.allocation is None else plan.allocations[task.allocation]
-        wanted = (task.config.types,) if allocation is None else allocation.types
-        largest = 0
-        for types, part in METHODS[task.method].parts.items():
-            if types not in wanted or not isinstance(part, FixedSizeMethod):
-                continue
-            options = part.select(task.options)
-            families = size_families(task, types, allocation)
-            if allocation is None:
-                final = [sizes for _, found in families for sizes in found]
-            else:
-                looked_at = [sizes for _, found in families for sizes in found]
-                curves += part.flops(*task.stacked_shape, looked_at, curve=True, **options)
-                steps = SizeSteps(task, types, ratio=families[0][0].ratio)
-                step = steps.within(task.bits / task.dense_bits, BITS)
-                final = [steps.config(step).sizes] if step else []
-            largest = max(largest, part.flops(*task.stacked_shape, final, curve=False, **options))
-        solutions += largest
-    return curves, solutions
+    found = {}
+    written = {"calibrate": sum(work.statistics_bytes), "compress": sum(work.results)}
+    for stage, n_bytes in written.items():
+        if stage in seconds and n_bytes:
+            writing = n_bytes / rates.disk
+            computing = seconds[stage] - writing  # `seconds` has both, one after the other
+            found[stage] = max(0.0, 1 - computing / writing)
+    return found

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -17,6 +18,7 @@ from lrc.compressors.calibrate.segments import (
     differentiates,
     statistics_bytes,
 )
+from lrc.compressors.checkpoint.writer import MAX_SHARD_BYTES
 from lrc.compressors.evaluate.side_by_side import compared_windows, unmeasured_pair
 from lrc.compressors.evaluate.streaming_rule import ModelBytes, streams
 from lrc.compressors.models.architecture import Architecture, Linear
@@ -154,9 +156,49 @@ class Workload:
         return int(self.architecture.model.get_input_embeddings().weight.numel())
 
     @cached_property
+    def dense_embedding(self) -> int:
+        """Parameters of the input embedding of the source."""
+        return int(self.prepared.dense.model.get_input_embeddings().weight.numel())
+
+    @cached_property
+    def widest(self) -> int:
+        """Width of the widest output of a linear."""
+        return max(linear.d_out for each in self.linears for linear in each.values())
+
+    @cached_property
+    def largest(self) -> int:
+        """Numbers of the largest matrix of a layer."""
+        return max(one.d_out * one.d_in for each in self.linears for one in each.values())
+
+    @property
+    def attention_heads(self) -> int:
+        """Heads of a layer whose weights of all pairs of tokens are computed; 0 if unknown."""
+        config = self.architecture.model.config.get_text_config()
+        return int(getattr(config, "num_attention_heads", 0) or 0)
+
+    @cached_property
+    def largest_file(self) -> int:
+        """Bytes of the largest file of weights that is loaded whole: of the source or the result.
+
+        Pages of a file that is loaded to a GPU stay in memory until all of it is.
+        """
+        dense, result = self.plan.dense_bytes, min(self.plan.compressed_bytes, MAX_SHARD_BYTES)
+        source = self.prepared.source
+        if source.gguf is not None or not source.weights_local:
+            return max(min(dense, MAX_SHARD_BYTES), result)
+        sizes = (file.stat().st_size for file in source.folder.glob("*.safetensors"))
+        return max([result, *(min(size, dense) for size in sizes)])
+
+    @cached_property
     def heads(self) -> int:
-        """Parameters of the output embedding if it is not that of the input."""
-        return max(0, self.plan.dense_parameters - sum(self.dense_layers) - self.embedding)
+        """Parameters of the output embedding of the source; 0 if it is that of the input."""
+        dense = self.prepared.dense
+        head = dense.model.get_output_embeddings()
+        if head is None:
+            return 0
+        names = [name for name, module in dense.model.named_modules() if module is head]
+        tied = any(f"{name}.weight" in dense.tied for name in names)
+        return 0 if tied else int(head.weight.numel())
 
     @cached_property
     def linears(self) -> list[dict[str, Linear]]:
@@ -188,6 +230,12 @@ class Workload:
         for header in read_gguf(source.folder / source.gguf)[1].values():
             counts[header.dtype] += prod(header.shape)
         return counts.most_common(1)[0][0]
+
+    @property
+    def columnwise(self) -> int:
+        """Number of matrices that are quantized column by column."""
+        found = [task.quantize for task in self.tasks if task.quantize is not None]
+        return sum(each.quantizer != "rtn" for each in found)
 
     @cached_property
     def compensated(self) -> list[LayerTask]:
@@ -304,6 +352,12 @@ class Workload:
     def compares(self) -> bool:
         """Whether both models are in memory together."""
         return bool(unmeasured_pair(self.evaluate)["missing"])
+
+
+def by_layer(tasks: Sequence[LayerTask]) -> list[list[LayerTask]]:
+    """Return the tasks of each layer."""
+    layers = sorted({task.layer for task in tasks})
+    return [[task for task in tasks if task.layer == layer] for layer in layers]
 
 
 def sides(task: LayerTask) -> tuple[int, int]:

@@ -139,14 +139,28 @@ def _batches(
     tasks = {key: task for key, (task, _) in requested.items()}
 
     def kind(key: str) -> str | None:
-        alone = len(tasks[key].weights) > 1
-        return None if alone else f"{key == tasks[key].name} {replace(tasks[key], weights=())}"
+        found = _kind(tasks[key])
+        return None if found is None else f"{key == tasks[key].name} {found}"
 
-    def size(key: str) -> int:
-        d_out, d_in = tasks[key].shape
-        return d_out * d_in + d_out**2 + d_in**2
+    return split_batches(tasks, kind, lambda key: _size(tasks[key]), _limit(device))
 
-    return split_batches(tasks, kind, size, NUMBERS.get(torch.device(device).type, 0))
+
+def curve_batches(tasks: Sequence[LayerTask], device: str) -> list[list[LayerTask]]:
+    """Split the tasks of a layer as `curves_for` does, for curves that need statistics."""
+    return split_batches(tasks, _kind, _size, _limit(device))
+
+
+def _kind(task: LayerTask) -> str | None:
+    return None if len(task.weights) > 1 else str(replace(task, weights=()))
+
+
+def _size(task: LayerTask) -> int:
+    d_out, d_in = task.shape
+    return d_out * d_in + d_out**2 + d_in**2
+
+
+def _limit(device: str) -> int:
+    return NUMBERS.get(torch.device(device).type, 0)
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,17 @@ from lrc.compressors.distributed.processes import Processes
 from lrc.compressors.estimates import estimate as estimates
 from lrc.compressors.estimates import stage_seconds as seconds_of_stages
 from lrc.compressors.estimates.buffers import Buffers
+from lrc.compressors.estimates.disk_space import disk_space
 from lrc.compressors.estimates.estimate import Estimate, estimate, place_buffers, refuse_too_large
+from lrc.compressors.estimates.fixed_size_work import OPERATION_SECONDS, OPERATIONS
 from lrc.compressors.estimates.machine_rates import MachineRates
-from lrc.compressors.estimates.memory_peaks import memory_peaks
+from lrc.compressors.estimates.memory_peaks import (
+    PINNED,
+    RECORDINGS,
+    STREAMS,
+    WORKSPACE,
+    memory_peaks,
+)
 from lrc.compressors.estimates.stage_seconds import stage_seconds
 from lrc.compressors.estimates.workload import Workload
 from lrc.compressors.io.disk_use import DiskUse, used_disk
@@ -164,6 +172,48 @@ def test_logits_of_a_backward_pass_count(prepared: Callable[..., Prepared]) -> N
     logits = LENGTH * 512 * 4  # of a batch, which is one of so few windows
     states = SAMPLES * LENGTH * WIDTH * 4
     assert peaks[1] - peaks[0] >= 3 * logits + states
+
+
+def test_memory_of_a_gpu_includes_what_is_kept_between_stages(
+    prepared: Callable[..., Prepared],
+) -> None:
+    quantize = [{"quantize": {"method": "gptq", "bits": 4, "group_size": 32}}]
+    work = Workload(prepared(quantize), "cuda")
+    peaks = memory_peaks(work, place_buffers(work, 2**37), 2**37)
+    recorded = WORKSPACE * min(STREAMS, RECORDINGS * 7 * LAYERS)
+    assert peaks["save"][1] == WORKSPACE + recorded  # which needs no other memory of the GPU
+    assert peaks["compress"][1] > WORKSPACE + recorded
+    low_rank = Workload(prepared(KFAC), "cuda")  # records nothing
+    peaks = memory_peaks(low_rank, place_buffers(low_rank, 2**37), 2**37)
+    assert peaks["save"][1] == WORKSPACE
+    # The results of all layers wait to be written if nothing has been at the end of a stage.
+    every, none = (
+        memory_peaks(low_rank, {}, 2**37, {"calibrate": share})["calibrate"][0]
+        for share in (1.0, 0.0)
+    )
+    sums = low_rank.statistics_bytes[0] // 2
+    assert every - none == pytest.approx(PINNED * sums * (LAYERS - 2), rel=0.01)
+
+
+def test_small_matrices_take_the_time_to_start_their_operations_on_a_gpu(
+    prepared: Callable[..., Prepared],
+) -> None:
+    fast = MachineRates(1e18, 1e18, 1e18, ((100, 1e-9), (200, 8e-9)), 1e18, 1e18)
+    recipe = prepared(MIXED)
+    on_cpu, on_gpu = (stage_seconds(Workload(recipe, kind), fast) for kind in ("cpu", "cuda"))
+    assert on_cpu["allocate"] < 1e-3
+    # Of each layer the curves of q and o, k and v, gate and up are made together.
+    sizes = on_gpu["allocate"] / (4 * LAYERS * OPERATIONS * OPERATION_SECONDS["cuda"])
+    assert sizes > 100  # products with the metric
+
+
+def test_several_processes_delete_statistics_after_the_last_layer(
+    prepared: Callable[..., Prepared],
+) -> None:
+    recipe = prepared([{"quantize": {"method": "gptq", "bits": 4, "group_size": 32}}])
+    one, two = (Workload(recipe, "cpu", n) for n in (1, 2))
+    found = [disk_space(work, {}, {"calibrate": 1.0})["compress"] for work in (one, two)]
+    assert found[1] - found[0] == sum(one.results[1:])
 
 
 def test_time_is_proportional_to_the_text_and_inverse_to_the_speed(

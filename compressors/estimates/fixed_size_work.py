@@ -1,0 +1,67 @@
+"""Work of the methods that are solved at given sizes: multiply-adds, and operations on a GPU."""
+
+from lrc.compressors.estimates.workload import Workload, by_layer
+from lrc.compressors.methods.base import FixedSizeMethod
+from lrc.compressors.methods.table import METHODS
+from lrc.compressors.planning.measures import BITS
+from lrc.compressors.planning.plan import Plan
+from lrc.compressors.planning.rate_distortion import curve_batches, size_families
+from lrc.compressors.planning.sizes import SizeSteps
+from lrc.compressors.planning.tasks import LayerTask
+
+OPERATIONS = 24
+"""Operations of a mask search for each product with its metric, counted in `prune`."""
+OPERATION_SECONDS = {"cpu": 0.0, "cuda": 1.5e-5}
+"""Time to start one of them with its share of the Python code, which is all the time that a small
+matrix takes on a GPU: from the searches for the masks of SmolLM2-135M (H200)."""
+
+
+def fixed_size_flops(plan: Plan) -> tuple[int, int]:
+    """Return the multiply-adds of fixed-size methods: for curves, and for the final solutions.
+
+    Where an allocator has yet to choose, the most expensive components count.
+    """
+    found = [_task_flops(plan, task) for task in plan.tasks if task.compressed]
+    return sum(curve for curve, _ in found), sum(solution for _, solution in found)
+
+
+def _task_flops(plan: Plan, task: LayerTask) -> tuple[int, int]:
+    """Return those of one task."""
+    allocation = None if task.allocation is None else plan.allocations[task.allocation]
+    wanted = (task.config.types,) if allocation is None else allocation.types
+    curve = largest = 0
+    for types, part in METHODS[task.method].parts.items():
+        if types not in wanted or not isinstance(part, FixedSizeMethod):
+            continue
+        options = part.select(task.options)
+        families = size_families(task, types, allocation)
+        if allocation is None:
+            final = [sizes for _, found in families for sizes in found]
+        else:
+            looked_at = [sizes for _, found in families for sizes in found]
+            curve += part.flops(*task.stacked_shape, looked_at, curve=True, **options)
+            steps = SizeSteps(task, types, ratio=families[0][0].ratio)
+            step = steps.within(task.bits / task.dense_bits, BITS)
+            final = [steps.config(step).sizes] if step else []
+        largest = max(largest, part.flops(*task.stacked_shape, final, curve=False, **options))
+    return curve, largest
+
+
+def curve_operations(work: Workload) -> float:
+    """Return the operations of the curves of fixed-size methods; equal tasks share them."""
+    found = 0.0
+    for tasks in by_layer(work.pending):
+        for batch in curve_batches(tasks, work.device):
+            found += _operations(batch[0], _task_flops(work.plan, batch[0])[0])
+    return found
+
+
+def solution_operations(work: Workload) -> float:
+    """Return the operations of the final solutions of fixed-size methods."""
+    return sum(_operations(task, _task_flops(work.plan, task)[1]) for task in work.tasks)
+
+
+def _operations(task: LayerTask, flops: int) -> float:
+    """Return the operations of a task, of which each product with the metric has some."""
+    d_out, d_in = task.stacked_shape
+    return OPERATIONS * flops / (d_out * d_in * (d_out + d_in))
