@@ -103,10 +103,10 @@ def memory_peaks(
     training = max((_training(work, record) for record in plan.training), default=0)
     if training:
         needs["heal"] = Need(training)
-    # A shard, and the pages of the file of the tensor that is being read.
-    shard = min(MAX_SHARD_BYTES, plan.compressed_bytes)
-    pages = work.itemsize * max(work.embedding, work.heads)
-    needs["save"] = Need(0, shard + min(shard, pages))
+    # A shard, and the pages of the file of its largest tensor while that is read.
+    largest = work.itemsize * max(work.embedding, work.heads)
+    shard = min(max(MAX_SHARD_BYTES, largest), plan.compressed_bytes)
+    needs["save"] = Need(0, shard + min(shard, largest))
     if work.evaluate.scores_models or work.compares:
         needs["evaluate"] = _evaluation(work, free)
     overhead, found, workspaces = OVERHEAD[work.kind], {}, WORKSPACE
