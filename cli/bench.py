@@ -1,9 +1,8 @@
 """`lrc bench`: the speed and memory of several models, side by side."""
 
 import tempfile
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,12 +23,12 @@ from lrc.cli.options import (
     Quiet,
     TrustRemoteCode,
     all_positive,
+    known,
     named,
     positive,
 )
 from lrc.compressors.benchmark.grid import Mode, Settings, default_modes
 from lrc.configs.errors import BenchmarkIncomplete, GateMissed, UsageError
-from lrc.configs.shape import closest
 
 if TYPE_CHECKING:
     from lrc.compressors.evaluate.gates import GateResult
@@ -37,7 +36,6 @@ if TYPE_CHECKING:
 
 PHASE_NAMES = ("prefill", "decode")
 """What gates are about: tokens per second, or with x relative to dense."""
-T = TypeVar("T", bound=str)
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -248,17 +246,3 @@ def check_speeds(gates: "list[Gate]", found: dict[str, Any]) -> "dict[str, list[
         with options_in_errors():
             results[place] = check_gates(gates, metrics)
     return results
-
-
-def known(option: str, value: str, allowed: Sequence[T], meant: Mapping[str, T] | None = None) -> T:
-    """Return the one of the allowed values that was given, or raise `UsageError`.
-
-    `meant` maps other words to the allowed value that they probably mean.
-    """
-    for each in allowed:
-        if each == value:
-            return each
-    *others, last = allowed
-    near = (meant or {}).get(value.lower()) or closest(value, [*allowed])
-    hint = "choose one of them" if near is None else f"did you mean {near}?"
-    raise UsageError(f"{option}: must be {', '.join(others)} or {last}, got {value!r}; {hint}")

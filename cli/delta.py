@@ -6,8 +6,7 @@ from typing import Annotated
 import typer
 
 from lrc.cli import console
-from lrc.cli.bench import known
-from lrc.cli.options import Device, Json, Quiet, named
+from lrc.cli.options import Device, Json, Quiet, known, named
 from lrc.configs.errors import UsageError
 from lrc.configs.size import size_text
 

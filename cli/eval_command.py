@@ -6,7 +6,6 @@ from typing import Annotated, Literal
 import typer
 
 from lrc.cli import console
-from lrc.cli.bench import known
 from lrc.cli.gate_results import (
     GateTexts,
     Junit,
@@ -16,7 +15,7 @@ from lrc.cli.gate_results import (
     read_gates,
     write_junit,
 )
-from lrc.cli.options import Device, Json, Models, Quiet, TrustRemoteCode, named, positive
+from lrc.cli.options import Device, Json, Models, Quiet, TrustRemoteCode, known, named, positive
 from lrc.configs.errors import GateMissed, LrcError, Stopped, UsageError
 
 STREAMING: tuple[Literal["auto", "always", "never"], ...] = ("auto", "always", "never")

@@ -6,8 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from lrc.cli import console
-from lrc.cli.bench import known
-from lrc.cli.options import Checkpoint, Json, Quiet, TrustRemoteCode, named
+from lrc.cli.options import Checkpoint, Json, Quiet, TrustRemoteCode, known, named
 from lrc.configs.errors import UsageError
 from lrc.configs.export_types import FORMATS, GGUF_TYPES
 from lrc.configs.size import size_text

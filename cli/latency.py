@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lrc.cli import console
-from lrc.cli.bench import DTYPES, known
-from lrc.cli.options import Device, Json, Overrides, Quiet, RecipeFile
+from lrc.cli.bench import DTYPES
+from lrc.cli.options import Device, Json, Overrides, Quiet, RecipeFile, known
 from lrc.configs.errors import UsageError
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lrc.cli import console, streams, team
-from lrc.cli.bench import bench, known
+from lrc.cli.bench import bench
 from lrc.cli.delta import delta_app
 from lrc.cli.eval_command import evaluate
 from lrc.cli.export import export
@@ -27,6 +27,7 @@ from lrc.cli.options import (
     Quiet,
     RecipeFile,
     TrustRemoteCode,
+    known,
 )
 from lrc.cli.pages import report as report_pages
 from lrc.cli.recipes import recipes_app

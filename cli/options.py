@@ -1,9 +1,15 @@
 """Arguments and options that several commands share."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
+
+from lrc.configs.errors import UsageError
+from lrc.configs.shape import closest
+
+T = TypeVar("T", bound=str)
 
 RecipeFile = Annotated[Path, typer.Argument(help="A recipe (YAML).", show_default=False)]
 Overrides = Annotated[
@@ -69,3 +75,17 @@ def all_positive(numbers: list[int] | None) -> list[int] | None:
     for number in numbers or []:
         positive(number)
     return numbers
+
+
+def known(option: str, value: str, allowed: Sequence[T], meant: Mapping[str, T] | None = None) -> T:
+    """Return the one of the allowed values that was given, or raise `UsageError`.
+
+    `meant` maps other words to the allowed value that they probably mean.
+    """
+    for each in allowed:
+        if each == value:
+            return each
+    *others, last = allowed
+    near = (meant or {}).get(value.lower()) or closest(value, [*allowed])
+    hint = "choose one of them" if near is None else f"did you mean {near}?"
+    raise UsageError(f"{option}: must be {', '.join(others)} or {last}, got {value!r}; {hint}")
