@@ -25,6 +25,7 @@ from lrc.compressors.calibrate.simulated_weights import SimulatedProducts, Simul
 from lrc.compressors.corpus.pairs import Pairs
 from lrc.compressors.corpus.sentences import Sentences
 from lrc.compressors.evaluate.encoder_outputs import sentence_outputs
+from lrc.compressors.io.finite import all_finite
 from lrc.compressors.io.journal import Journal
 from lrc.compressors.layers.experts import split_modules
 from lrc.compressors.models.architecture import Architecture, build, unsupported
@@ -309,7 +310,7 @@ def _structure(executor: LayerExecutor, wholes: list[_Whole]) -> str:
         return f"its layers have hidden states of different widths, {sorted(widths)}"
     padded = executor.sentences is not None
     for states in (*whole.inputs, whole.results):
-        if not bool(states.isfinite().all()):
+        if not all_finite(states):
             return "its hidden states overflow on simulated weights"
         ends = slice(None) if states.ndim == 2 else slice(-1)  # outputs of an encoder
         if not _close(states[0, ends], states[1, ends]):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lrc.compressors.compress.group import WeightGroup
+from lrc.compressors.io.finite import all_finite
 from lrc.compressors.layers import BlockSparse, QuantizationArgs, WeightConfig
 from lrc.compressors.layers.bitmask import scatter_values, unpack_bits
 from lrc.compressors.layers.packing import encode_matrix, encode_values
@@ -62,7 +63,7 @@ def quantize_whole(
         error, rank = W.double() - found.weight(), config.components[1].sizes["rank"]
         B, A = low_rank_correction(error, metric, rank, how.correction)
         factors = {"a.weight": A.to(dtype), "b.weight": B.to(dtype)}
-        if not all(bool(torch.isfinite(t).all()) for t in factors.values()):
+        if not all(all_finite(t) for t in factors.values()):
             raise ScaleOverflow(f"the low-rank correction overflows {dtype}")
         parts.append(factors)
     needs_inputs = how.quantizer != "rtn" or len(parts) > 1

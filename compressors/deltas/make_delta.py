@@ -32,6 +32,7 @@ from lrc.compressors.deltas.lora_folder import CONFIG, Lora, is_adapter, read_lo
 from lrc.compressors.deltas.ranks import matrix_ranks
 from lrc.compressors.deltas.weight_files import WeightFiles
 from lrc.compressors.io.fingerprint import sha256
+from lrc.compressors.io.finite import all_finite
 from lrc.compressors.io.machine import Machine
 from lrc.compressors.io.shortened import shortened
 from lrc.compressors.io.weight_hash import WeightHash, dtype_name
@@ -173,7 +174,7 @@ def _adapter(
     lora = read_lora(tuned)
     targets = _targets(original, lora)
     for name, tensor in lora.tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
+        if not all_finite(tensor):
             raise DeltaError(f"{tuned}: {name} contains NaN or Inf; train the adapter again")
     if not any(bool((B.float() @ A.float()).any()) for B, A in map(lora.factors, lora.modules)):
         raise DeltaError(

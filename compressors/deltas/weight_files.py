@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lrc.compressors.io.finite import all_finite
 from lrc.compressors.io.shards import Header, read_folder
 from lrc.compressors.models.source import Source, locate
 from lrc.compressors.models.weights import not_finite
@@ -65,7 +65,7 @@ class WeightFiles:
                 f"{header.file}: can no longer be read ({str(error).strip()[:200]}); put it back "
                 "unchanged and run the same command again"
             ) from error
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
+        if tensor.is_floating_point() and not all_finite(tensor.float()):
             text = str(not_finite(name, tensor.dtype))
             raise ModelError(text.replace("model.path: ", f"{self.path}: "))
         return tensor

@@ -17,6 +17,7 @@ from lrc.compressors.corpus.windows import Windows
 from lrc.compressors.distributed.processes import ALONE, Processes
 from lrc.compressors.evaluate.logits import LogitReader, model_logits
 from lrc.compressors.evaluate.perplexity import check_fit
+from lrc.compressors.io.finite import all_finite
 from lrc.configs.errors import ModelError
 
 PIECE_LOGITS = 2**24
@@ -125,7 +126,7 @@ def agreement_of(
     everywhere = ChainMap(*dense.processes.gather(measured))
     values = torch.stack([everywhere[number] for number in range(count)])
     for number in range(count):
-        if not bool(values[number].isfinite().all()):
+        if not all_finite(values[number]):
             raise ModelError(
                 f"the divergence on window {number + 1} of {count} is not finite, because the"
                 " logits of a model are not; compress less, or evaluate in bfloat16 or float32"

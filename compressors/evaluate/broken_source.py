@@ -7,11 +7,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from lrc.compressors.corpus.windows import evaluation_windows
 from lrc.compressors.evaluate.perplexity import perplexity
+from lrc.compressors.io.finite import all_finite
 from lrc.compressors.io.machine import free_memory
 from lrc.compressors.models.weights import not_finite
 from lrc.configs.errors import ModelError
@@ -44,7 +44,7 @@ def check_source_model(
         found = perplexity(model, replace(first, tokens=first.tokens[:1])).perplexity
     except ModelError as error:
         for name, weight in model.named_parameters():
-            if not bool(torch.isfinite(weight).all()):
+            if not all_finite(weight):
                 raise not_finite(name, weight.dtype) from error
         raise ModelError(
             f"the source model is broken: on the first window of {spec.name}, {error}; check the"

@@ -17,6 +17,7 @@ from lrc.compressors.corpus.pairs import IGNORED, Pairs, tokenize_pairs
 from lrc.compressors.corpus.sentences import Sentences, tokenize_sentences
 from lrc.compressors.corpus.tokens import check_vocabulary
 from lrc.compressors.evaluate.encoder_outputs import mean_pooled, sentence_outputs
+from lrc.compressors.io.finite import all_finite
 from lrc.compressors.io.machine import OnStep
 from lrc.compressors.models.model_kinds import kind_of
 from lrc.configs.errors import ModelError
@@ -119,7 +120,7 @@ def perplexity_metric(
 
 def _mean(values: Tensor) -> dict[str, Any]:
     """Return the mean over examples [n]; the standard error takes their variance as unknown."""
-    if not bool(values.isfinite().all()):
+    if not all_finite(values):
         raise ModelError("the outputs of the model are not finite; compress less")
     n = len(values)
     stderr = float(values.std()) / math.sqrt(n) if n > 1 else 0.0

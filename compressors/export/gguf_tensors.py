@@ -18,6 +18,7 @@ from lrc.compressors.export.gguf_blocks import (
 )
 from lrc.compressors.export.gguf_families import ALTERNATIVE, Family
 from lrc.compressors.export.stored_weights import Integers, StoredWeights
+from lrc.compressors.io.finite import all_finite
 from lrc.compressors.io.shortened import shortened
 from lrc.compressors.layers.gguf_types import BLOCK, BlockType, block_type
 from lrc.configs.errors import ExportError
@@ -232,7 +233,7 @@ class TensorPlanner:
 
     def _matrix(self, name: str, kind: GGMLQuantizationType) -> np.ndarray:
         matrix = self._permuted(name, self.weights.read(name))
-        if kind == GGMLQuantizationType.F16 and not matrix.half().isfinite().all():
+        if kind == GGMLQuantizationType.F16 and not all_finite(matrix.half()):
             raise ExportError(f"{name}: has numbers beyond the range of f16; use --type bf16")
         return encode_floats(kind, matrix)
 

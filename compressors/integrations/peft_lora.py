@@ -17,6 +17,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
 
+from lrc.compressors.io.finite import all_finite
 from lrc.compressors.layers import CompressedEmbedding, CompressedLinear, TiedHead
 from lrc.configs.errors import LrcError
 
@@ -98,7 +99,7 @@ class CompressedLora(peft_layers.Linear):  # type: ignore[misc, unused-ignore]
             base: Any = self.get_base_layer()
             first, second = cast(nn.Linear, self.lora_A[name]), cast(nn.Linear, self.lora_B[name])
             B, A, bias = second.weight * self.scaling[name], first.weight, second.bias
-            if safe_merge and not bool(torch.isfinite(B @ A).all()):
+            if safe_merge and not all_finite(B @ A):
                 raise ValueError(f"the adapter {name} is not finite; it was damaged in training")
             try:
                 if any(map(has_offloaded_params, base.modules())):

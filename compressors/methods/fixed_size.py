@@ -15,8 +15,6 @@ from lrc.compressors.solvers.masks import GROUP_SIZES, Pattern
 from lrc.compressors.solvers.metric import Metric, damped_metric, weighted_energy
 from lrc.compressors.solvers.moments import Moment, Statistics
 from lrc.compressors.solvers.pruning import (
-    CURVE_ROUNDS,
-    ROUNDS,
     Saliency,
     prune,
     prune_curve,
@@ -119,8 +117,7 @@ class Pruning(FixedSizeMethod):
         """Return the multiply-adds, which do not depend on the number of entries."""
         if self.saliency != "second-order":
             return 0
-        rounds = CURVE_ROUNDS if curve else ROUNDS
-        return len(sizes) * pruning_work(d_out, d_in, rounds=rounds, curve=curve)
+        return len(sizes) * pruning_work(d_out, d_in, curve=curve)
 
 
 def _pattern(sizes: Sizes, options: Mapping[str, Any]) -> Pattern:

@@ -13,6 +13,7 @@ from lrc.compressors.solvers.mask_search import (
     STEPS,
     STEPS_IN_METRIC,
 )
+from lrc.compressors.solvers.pruning import CURVE_ROUNDS, ROUNDS
 from lrc.compressors.solvers.sparse_plus_low_rank import START_STEPS, directions
 from lrc.compressors.solvers.thresholding import CODE_STEPS, FINAL_ROUNDS, FINAL_STEPS, START_ROUNDS
 
@@ -25,8 +26,9 @@ METRICS = 5
 EIGENVECTORS = 40
 
 
-def pruning_work(d_out: int, d_in: int, *, rounds: int, curve: bool) -> int:
+def pruning_work(d_out: int, d_in: int, *, curve: bool) -> int:
     """Count second-order pruning: one product ``G @ E @ H`` per step, and one per refit."""
+    rounds = CURVE_ROUNDS if curve else ROUNDS
     last = CURVE_STEPS_IN_METRIC if curve else STEPS_IN_METRIC
     fits = 2 * (OUTER_STEPS + 2) + rounds * (STEPS + 2) + last + 1
     return fits * d_out * d_in * (d_out + d_in)

@@ -136,7 +136,10 @@ def prune_curve(
         return [one(nonzeros=n, damp=damp, gradient_damp=gradient_damp).energy for n in nonzeros]
     for budget in nonzeros:
         _check(W, budget, pattern, saliency)
-    metric = partial(_metric, inputs, gradients, damp, gradient_damp)
+
+    def metric() -> Metric:
+        return damped_metric(inputs, gradients, damp, gradient_damp)[0]
+
     return _curves(W.double(), metric, nonzeros, pattern, rounds).tolist()
 
 
@@ -157,26 +160,17 @@ def prune_curves(
     """
     for budget in nonzeros:
         _check(weights[0], budget, pattern, "second-order")
-    metrics = [
-        partial(_metric, *moments, damp, gradient_damp)
-        for moments in zip(inputs, gradients, strict=True)
-    ]
-    together = stacked([metric() for metric in metrics])
-    if together is not None:
-        W = torch.stack([*weights]).double()
-        found = _curves(W, lambda: together, nonzeros, pattern, rounds).T.tolist()
-    else:
-        found = [
-            _curves(W.double(), metric, nonzeros, pattern, rounds).tolist()
-            for W, metric in zip(weights, metrics, strict=True)
+    moments = list(zip(inputs, gradients, strict=True))
+    together = stacked([damped_metric(*each, damp, gradient_damp)[0] for each in moments])
+    if together is None:
+        one = partial(prune_curve, nonzeros=nonzeros, pattern=pattern, rounds=rounds)
+        return [
+            one(W, *each, damp=damp, gradient_damp=gradient_damp)
+            for W, each in zip(weights, moments, strict=True)
         ]
-    return [[float(energy) for energy in energies] for energies in found]
-
-
-def _metric(
-    inputs: Moment | None, gradients: Moment | None, damp: float, gradient_damp: float
-) -> Metric:
-    return damped_metric(inputs, gradients, damp, gradient_damp)[0]
+    W = torch.stack([*weights]).double()
+    found: list[list[float]] = _curves(W, lambda: together, nonzeros, pattern, rounds).T.tolist()
+    return found
 
 
 def _curves(

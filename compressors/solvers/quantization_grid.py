@@ -136,7 +136,7 @@ def _search(
     zero = [torch.zeros_like(unit) for _ in weights]
     for first, (exact, middle) in enumerate(_candidates(X, scheme, ranges)):
         scale = _cast_scale(torch.where(size > 0, exact, 1), dtype)
-        if first == 0 and not bool(torch.isfinite(scale).all()):
+        if first == 0 and not all_finite(scale):
             raise ScaleOverflow(f"scales up to {float(exact.max()):.3g} overflow {dtype}")
         step = (scale.double() / unit).float()[:, :, None]
         steps = (relative / step).round_()
