@@ -11,10 +11,11 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lrc.compressors.calibrate.batch_size import BATCH_TOKENS
+from lrc.compressors.heal.adapter_kinds import ADAPTERS
 from lrc.compressors.heal.budget_switch import BudgetSwitch
 from lrc.compressors.heal.descent import Descent, is_better
 from lrc.compressors.heal.divergence import Losses, Predictor, add_gradients, mean_losses
@@ -57,7 +58,7 @@ def distill(work: HealWork, options: Distill | Scales) -> dict[str, Any]:
     session, text = work.session, work.text
     models, device = session.models, session.device
     stored = work.stored()
-    student = models.load_sliced(torch.float32)
+    student = models.load_sliced(_computed_dtype(models.dtype, device, options))
     split_experts_(student)
     stored.compress_(student)
     ends = (student.get_input_embeddings(), student.get_output_embeddings())
@@ -109,18 +110,21 @@ def distill(work: HealWork, options: Distill | Scales) -> dict[str, Any]:
             return divergence
         return divergence + options.cross_entropy * fmean(each.cross_entropy for each in found)
 
-    add = GradientStep(
-        partial(
-            add_gradients,
+    def add_to_trained(windows: Tensor, weights: Tensor) -> None:
+        trained.clear_copies_()
+        add_gradients(
             dense,
             compressed,
+            windows,
+            weights,
             kind=options.divergence,
             hidden=options.hidden,
             cross_entropy=options.cross_entropy,
-        ),
-        [*trained.parameters.values()],
-        torch.device(device),
-    )
+        )
+        trained.collect_gradients_()
+
+    parameters = [*trained.parameters.values()]
+    add = GradientStep(add_to_trained, parameters, torch.device(device))
     with deterministic(device):
         if not snapshots.resume():
             descent.judge(judged(held_out_losses()))
@@ -179,6 +183,17 @@ def distill(work: HealWork, options: Distill | Scales) -> dict[str, Any]:
         if switch.budgets
         else [],
     }
+
+
+def _computed_dtype(dtype: torch.dtype, device: str, options: Distill | Scales) -> torch.dtype:
+    """Return the dtype in which the compressed model computes.
+
+    On a GPU, a model in bfloat16 computes with copies in this dtype of what is trained: conversions
+    of weights and hidden states take longer than the products of a small model. Adapters are added
+    to matrices in float32, and gradients underflow in float16.
+    """
+    is_exact = device.startswith("cuda") and dtype == torch.bfloat16
+    return dtype if is_exact and options.train not in ADAPTERS else torch.float32
 
 
 def _separate(before: Sequence[Losses], after: Sequence[Losses]) -> dict[str, Any]:

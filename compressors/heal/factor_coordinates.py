@@ -33,7 +33,7 @@ class Coordinates:
     """Coordinates ``z`` of a parameter ``p``: ``p = T^T z``, or ``p = z T`` on the right side."""
 
     transform: Tensor
-    """[rank, rank], in the dtype of the parameter."""
+    """[rank, rank], in the dtype in which the parameter is trained."""
     right: bool
     size: float
     """Root mean square of the coordinates at first."""
@@ -84,7 +84,7 @@ def _is_pair(component: Component) -> bool:
 
 def _coordinates(parameter: Tensor, gram: Tensor, *, right: bool) -> Coordinates:
     """Return coordinates of a factor whose partner has a Gram matrix [rank, rank] in float64."""
-    factor, dtype = parameter.detach().double(), parameter.dtype
+    factor, dtype = parameter.detach().double(), torch.promote_types(parameter.dtype, torch.float32)
     damp = DAMP * gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
     identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     L = torch.linalg.cholesky(gram + damp * identity)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 from torch import Tensor
 
+from lrc.compressors.heal.repeatable import RepeatableGradients
 from lrc.compressors.models.configuration import first_line
 from lrc.compressors.solvers.cuda_graphs import record
 
@@ -40,6 +41,7 @@ class GradientStep:
         device: torch.device,
     ) -> None:
         self._add, self._parameters, self._device = add, parameters, device
+        self._repeatable = RepeatableGradients(parameters, device)
         self._recorded: dict[Hashable, tuple[list[Tensor], Callable[[], object]]] = {}
         self._recordable = device.type == "cuda"
         self._pool = torch.cuda.graph_pool_handle() if self._recordable else None
@@ -56,7 +58,8 @@ class GradientStep:
         if self._recordable and key not in self._recorded:
             self._record(batch, key)
         if key not in self._recorded:
-            self._add(*(tensor.to(self._device) for tensor in batch))
+            moved = [tensor.to(self._device) for tensor in batch]
+            self._repeatable(lambda: self._add(*moved))
             return
         places, repeat = self._recorded[key]
         for place, tensor in zip(places, batch, strict=True):
@@ -72,7 +75,7 @@ class GradientStep:
 
         def step() -> None:
             nonlocal runs
-            self._add(*places)
+            self._repeatable(lambda: self._add(*places))
             runs += 1
             if runs == 1:  # what it needed cannot be used again by the recording
                 torch.cuda.empty_cache()

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from typing import Any
 
@@ -13,6 +14,7 @@ from lrc.compressors.calibrate.layer_executor import ForwardEnded
 from lrc.compressors.heal.budget import Budget
 from lrc.compressors.heal.descent import Descent
 from lrc.compressors.heal.parameters import TrainedParameters
+from lrc.compressors.heal.repeatable import RepeatableGradients
 from lrc.compressors.heal.schedule import batch_rows
 from lrc.compressors.layers import CompressedLinear
 from lrc.compressors.solvers.moments import token_weights
@@ -152,6 +154,8 @@ class LayerFit:
         descent.judge(first)
         n_windows = len(self._data.dense) - self._data.n_held_out
         from_dense = round(options.mix * options.batch)
+        parameters = [*trained.parameters.values()]
+        repeatable = RepeatableGradients(parameters, parameters[0].device)
         while descent.done < descent.steps and first > 0:
             rows = batch_rows(descent.done, n_windows=n_windows, batch=options.batch, seed=seed)
             rows = rows + self._data.n_held_out
@@ -159,8 +163,8 @@ class LayerFit:
             together = self._data.together
             for part, dense in zip(rows.split(together), mixed.split(together), strict=True):
                 # The size of the first error makes gradients independent of the layer's scale.
-                loss = self._error(part, dense) / (first * len(rows) / len(part))
-                loss.backward()
+                size = first * len(rows) / len(part)
+                repeatable(partial(self._add_gradients, part, dense, size))
             descent.update_()
             if descent.is_judged:
                 descent.judge(self.held_out_error(trained))
@@ -179,6 +183,9 @@ class LayerFit:
                 parts = squares(found, target, self._data.dense.shape[1])
                 error, whole = error + float(parts[0]), whole + float(parts[1])
         return error / whole if whole else 0.0
+
+    def _add_gradients(self, rows: Tensor, from_dense: Tensor, size: float) -> None:
+        (self._error(rows, from_dense) / size).backward()
 
     def _error(self, rows: Tensor, from_dense: Tensor) -> Tensor:
         """Return the relative error on windows, of which some have inputs of the dense model."""

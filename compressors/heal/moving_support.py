@@ -50,7 +50,9 @@ class MovingSupport:
 
     def __init__(self, component: MaskedEntries) -> None:
         self._component, self._stored = component, component.get_parameter(VALUES)
-        self.entries = nn.Parameter(component.entries().detach().clone(), requires_grad=False)
+        self.entries = nn.Parameter(
+            component.entries().detach().float().clone(), requires_grad=False
+        )
         self.mask = component.largest(self.entries)
         """The places of the largest entries [d_out, columns]."""
         component.register_parameter(VALUES, self.entries)

@@ -83,12 +83,15 @@ def _compressed_roles(layer: CompressedLinear) -> dict[int, set[str]]:
 
 
 class TrainedParameters:
-    """Parameters in float32 that are trained, with the dtypes in which they are stored.
+    """Parameters that are trained in float32, with the dtypes in which they are stored.
+
+    A model may compute with 16-bit parameters. These are then copies of the ones that are trained,
+    and their gradients are added to those of the latter by `collect_gradients_`.
 
     Parameters
     ----------
     parameters : mapping of str to nn.Parameter
-        By their names in the checkpoint. They require gradients from now on.
+        Those of the model, by their names in the checkpoint. They require gradients from now on.
     dtypes : mapping of str to torch.dtype
         Of the stored tensors, whose values the parameters have.
     forms : mapping of str to MovingSupport or UnpackedFactor
@@ -105,7 +108,17 @@ class TrainedParameters:
         coordinates: Mapping[str, Coordinates] = MappingProxyType({}),
     ) -> None:
         self._forms, self.coordinates = forms, coordinates
-        self.parameters = {name: parameters[name].requires_grad_(True) for name in parameters}
+        self.parameters: dict[str, Tensor] = {}
+        """In float32, or float64."""
+        self._copies: list[tuple[Tensor, Tensor]] = []
+        """Trained parameters and their copies in the model."""
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(True)
+            self.parameters[name] = parameter
+            if parameter.dtype.itemsize < torch.float32.itemsize:
+                trained = nn.Parameter(parameter.detach().float(), requires_grad=False)
+                self.parameters[name] = trained
+                self._copies.append((trained, parameter))
         self._dtypes = dtypes
         self.start = self.rounded()
         self._limits = {
@@ -157,7 +170,21 @@ class TrainedParameters:
         """Replace the values."""
         for name, parameter in self.parameters.items():
             parameter.copy_(values[name])
-        self._select_()
+        self._take_over_()
+
+    def clear_copies_(self) -> None:
+        """Remove the gradients of copies, before those of a batch are calculated."""
+        for _, used in self._copies:
+            used.grad = None
+
+    @torch.no_grad()
+    def collect_gradients_(self) -> None:
+        """Add the gradients of copies to those of the trained parameters, and remove them."""
+        for trained, used in self._copies:
+            if used.grad is not None:
+                assert trained.grad is not None
+                trained.grad.add_(used.grad)
+        self.clear_copies_()
 
     def scale(self, name: str) -> float:
         """Return the size to which the learning rate of a parameter is relative."""
@@ -177,12 +204,16 @@ class TrainedParameters:
 
     @torch.no_grad()
     def limit_(self) -> None:
-        """Keep scales away from zero, and their signs; use the largest entries of supports."""
+        """Keep scales away from zero, and their signs; compute with the changed values."""
         for name, (smallest, sign) in self._limits.items():
             parameter = self.parameters[name]
             parameter.copy_(torch.maximum(parameter * sign, smallest) * sign)
-        self._select_()
+        self._take_over_()
 
-    def _select_(self) -> None:
+    def _take_over_(self) -> None:
+        """Let the model compute with the present values."""
         for form in self._forms.values():
             form.select_()
+        if self._copies:
+            trained, used = (list(each) for each in zip(*self._copies, strict=True))
+            torch._foreach_copy_(used, trained)

@@ -129,9 +129,7 @@ class BlockSparse(MaskedWeight):
     def matrix(self) -> Tensor:
         """Return the dequantized matrix [d_out, d_in]."""
         groups = self.stored_values()  # [groups, group_size]
-        kept = unpack_bits(self.get_buffer("mask"), self._per_row)
-        whole = groups.new_zeros(*kept.shape, groups.shape[1])
-        return whole.masked_scatter(kept[:, :, None], groups).flatten(1)
+        return self.at_places(groups, self._per_row, groups.shape[1])
 
     def problems(self) -> list[str]:
         """Return violated invariants: the mask must have as many bits as there are groups."""

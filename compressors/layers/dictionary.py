@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from lrc.compressors.kernels import needs_gradients, run_or_restore
 from lrc.compressors.kernels.masked import FREE, expand
-from lrc.compressors.layers.bitmask import mask_problems, pack_bits, packed_width, unpack_bits
+from lrc.compressors.layers.bitmask import mask_problems, pack_bits, packed_width
 from lrc.compressors.layers.component import (
     ComponentConfig,
     SharedFactorComponent,
@@ -161,11 +161,10 @@ class Dictionary(MaskedEntries, SharedFactorComponent):
                 expanded: Tensor | None = run_or_restore(self, stored, run=expand)
                 if expanded is not None:
                     return expanded
-        values = self.stored_values()
-        zeros = values.new_zeros(self.d_out, self.config.sizes["atoms"])
+        values, atoms = self.stored_values(), self.config.sizes["atoms"]
         if "mask" in self._buffers:
-            mask = unpack_bits(self.get_buffer("mask"), zeros.shape[1])
-            return zeros.masked_scatter(mask, values)
+            return self.at_places(values, atoms)
+        zeros = values.new_zeros(self.d_out, atoms)
         return zeros.scatter(1, self.get_buffer("index").long(), values)
 
 

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lrc.compressors.layers.assembled import is_assembled
 from lrc.compressors.layers.component import ComponentConfig, SharedFactorComponent, multiply
 from lrc.compressors.layers.packing import repack_integers, unpack_integers
 from lrc.compressors.layers.quantization_args import TensorSpec, TensorSpecs
@@ -62,6 +63,10 @@ class LowRank(SharedFactorComponent):
             return self._cut_product(x, self.used_rank)
         if self.tile is not None and exceeds(x, self.tile):
             return in_tiles(self._of_tile, x, self.tile)
+        if torch.is_grad_enabled() and self.config.shares is None:
+            a, b = self._factors()
+            if is_assembled(x, a, b, (self.d_out, self.d_in)):
+                return nn.functional.linear(x, b.weight @ a.weight)
         return multiply(self.get_submodule("b"), self.multiply_first(x))
 
     def _of_tile(self, x: Tensor) -> Tensor:

@@ -1,13 +1,17 @@
 """Components that store values and a mask of their places, and multiply by them without zeros."""
 
 from abc import abstractmethod
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from lrc.compressors.kernels import FastPath, Need, run_or_restore, select
+from lrc.compressors.kernels import FastPath, Need, needs_gradients, run_or_restore, select
 from lrc.compressors.kernels.masked import EIGHT_OF, Masked, prepare
+from lrc.compressors.layers.bitmask import unpack_bits
 from lrc.compressors.layers.component import Component
+from lrc.compressors.layers.placed_values import Places, placed, places_of
 from lrc.compressors.layers.quantization_args import VALUES_GROUP
 from lrc.compressors.layers.recomputed import product
 
@@ -18,6 +22,9 @@ class MaskedWeight(FastPath, Component):
     What a fast path derives from the mask is kept in buffers that are not part of the state dict,
     named after the fields of `Masked`.
     """
+
+    _places: tuple[Tensor, Places] | None = None
+    """The stored mask, and the places of its bits, which training needs."""
 
     @abstractmethod
     def layout(self) -> tuple[int, int, int, int]:
@@ -41,6 +48,31 @@ class MaskedWeight(FastPath, Component):
         return Masked(
             layout, columns, packed, mask, scale, n=n, bits=args.bits, group=group, **places
         )
+
+    def at_places(self, values: Tensor, columns: int, size: int = 1) -> Tensor:
+        """Return values where the mask is set, and zeros elsewhere.
+
+        Parameters
+        ----------
+        values : Tensor
+            Groups of `size` numbers, in the order of the bits that are set.
+        columns : int
+            Bits in a row of the mask.
+        size : int
+            Numbers that share a bit.
+
+        Returns
+        -------
+        Tensor, shape [rows, columns * size]
+        """
+        stored = self.get_buffer("mask")
+        mask = partial(unpack_bits, stored, columns)
+        if needs_gradients(values) and not torch.compiler.is_compiling():
+            if self._places is None or self._places[0] is not stored:
+                self._places = stored, places_of(mask())
+            return placed(values, self._places[1])
+        whole = values.new_zeros(len(stored), columns, size)
+        return whole.masked_scatter(mask()[:, :, None], values).flatten(1)
 
     def fast_arguments(self) -> tuple[Tensor, tuple[Any, ...]]:
         """Return values or scales, and the arguments of the entry in use besides the input."""

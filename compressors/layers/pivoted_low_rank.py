@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from lrc.compressors.kernels import FastPath, Need, needs_gradients, run_or_restore, select
 from lrc.compressors.kernels.pivoted import TRANSPOSE_FROM, interleave_by_rows, inverse_of
+from lrc.compressors.layers.assembled import is_assembled
 from lrc.compressors.layers.component import Component, ComponentConfig, check_range, is_plain
 from lrc.compressors.layers.packed_weight import PackedLinear
 from lrc.compressors.layers.permuted import permuted
@@ -84,7 +85,23 @@ class PivotedLowRank(FastPath, Component):
         """Map ``x`` [..., d_in] to [..., d_out]."""
         if self.tile is not None and exceeds(x, self.tile):
             return in_tiles(lambda rows: self._outputs(self._part("a")(rows)), x, self.tile)
+        if torch.is_grad_enabled() and "c" in self._modules:
+            a, c = self._part("a"), self._part("c")
+            if is_assembled(x, a, c, (self.d_out, self.d_in)):
+                return nn.functional.linear(x, self._assembled(a.weight, c.weight))
         return self._outputs(self.multiply_a(x))
+
+    def _assembled(self, R: Tensor, C: Tensor) -> Tensor:
+        """Return the matrix [d_out, d_in] of pivot rows and coefficients, with gradients."""
+        order, inverse = self._permutation()
+        return permuted(torch.cat([R, C @ R]), order, inverse, dim=0)
+
+    def _permutation(self) -> tuple[Tensor, Tensor]:
+        """Return `order` and its inverse, which gradients need, in int32."""
+        order = self.get_buffer("order")
+        if "inverse" not in self._derived:
+            self._derive(inverse=inverse_of(order))
+        return order.int(), self.get_buffer("inverse")
 
     def _outputs(self, p: Tensor) -> Tensor:
         """Map outputs ``p`` [..., rank] of the pivot rows to all outputs [..., d_out]."""
@@ -108,9 +125,7 @@ class PivotedLowRank(FastPath, Component):
         joined = torch.cat([p, c(p)], dim=-1)
         if not needs_gradients(joined) or torch.compiler.is_compiling():
             return joined.index_select(-1, order.int())
-        if "inverse" not in self._derived:
-            self._derive(inverse=inverse_of(order))
-        return permuted(joined, order.int(), self.get_buffer("inverse"))
+        return permuted(joined, *self._permutation())
 
     def matrix(self) -> Tensor:
         """Return the matrix [d_out, d_in] in float32."""

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from lrc.compressors.kernels.masked import EIGHT_OF
-from lrc.compressors.layers.bitmask import BYTE, mask_problems, pack_bits, scatter_values
+from lrc.compressors.layers.bitmask import BYTE, mask_problems, pack_bits
 from lrc.compressors.layers.component import ComponentConfig, check_range
 from lrc.compressors.layers.masked_entries import MaskedEntries
 from lrc.compressors.layers.quantization_args import TensorSpec, TensorSpecs
@@ -83,7 +83,7 @@ class SemiStructured(MaskedEntries):
 
     def entries(self) -> Tensor:
         """Return the matrix [d_out, d_in] with its zeros."""
-        return scatter_values(self.stored_values(), self.get_buffer("mask"), self.d_in)
+        return self.at_places(self.stored_values(), self.d_in)
 
     def problems(self) -> list[str]:
         """Return violated invariants: every byte of the mask must have `n` bits."""

@@ -9,7 +9,6 @@ from lrc.compressors.layers.bitmask import (
     mask_problems,
     pack_bits,
     packed_width,
-    scatter_values,
 )
 from lrc.compressors.layers.component import ComponentConfig, Sizes, check_range
 from lrc.compressors.layers.masked_entries import MaskedEntries
@@ -85,7 +84,7 @@ class Sparse(MaskedEntries):
 
     def entries(self) -> Tensor:
         """Return the matrix [d_out, d_in] with its zeros."""
-        return scatter_values(self.stored_values(), self.get_buffer("mask"), self.d_in)
+        return self.at_places(self.stored_values(), self.d_in)
 
     def problems(self) -> list[str]:
         """Return violated invariants: the mask must have as many bits as there are values."""
