@@ -1,7 +1,7 @@
 """Gradient descent on trained parameters, with the best result so far."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from lrc.compressors.heal.budget import Budget
 from lrc.compressors.heal.parameters import TrainedParameters
 from lrc.compressors.heal.schedule import WARM_UP, learning_rate
+from lrc.compressors.solvers.cuda_graphs import record_if_possible
 
 BETAS, EPSILON = (0.9, 0.95), 1e-8
 LARGEST_NORM = 1.0
@@ -68,6 +69,10 @@ class Descent:
             parameter.grad = torch.zeros_like(parameter)  # stays, as recorded steps add to it
         self._averages = [torch.zeros_like(parameter) for parameter in self._parameters]
         self._squares = [torch.zeros_like(parameter) for parameter in self._parameters]
+        first = self._parameters[0]
+        self._factors = torch.zeros(3, dtype=first.dtype, device=first.device)
+        self._repeat: Callable[[], object] | None = None
+        """Moves the parameters; recorded when it is called first."""
 
     @property
     def steps(self) -> int:
@@ -87,44 +92,56 @@ class Descent:
     def update_(self) -> None:
         """Take a step along the accumulated gradients, and clear them."""
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, LARGEST_NORM)
-        gradients: Any = [parameter.grad for parameter in self._parameters]
         if bool(norm.isfinite()):
-            self._step_(gradients)
-            self.trained.limit_()
+            self._updates += 1
+            self._factors.copy_(torch.tensor(self._next_factors(), dtype=torch.float64))
+            if self._repeat is None:
+                self._repeat = record_if_possible(self._move_, self._factors.device)
+            else:
+                self._repeat()
         else:
             self.skipped += 1
+        gradients: Any = [parameter.grad for parameter in self._parameters]
         torch._foreach_zero_(gradients)
         self.done += 1
         self.budget.advance()
 
-    @torch.no_grad()
-    def _step_(self, gradients: Any) -> None:
-        """Move all parameters along their gradients."""
+    def _next_factors(self) -> list[float]:
+        """Return the learning rate, and the factors that correct the averages of few steps."""
         start, highest = self.rates[-1]
         rate = learning_rate(self.done - start, self.steps - start, highest)
+        first, second = BETAS
+        return [-rate, 1 - first**self._updates, math.sqrt(1 - second**self._updates)]
+
+    @torch.no_grad()
+    def _move_(self) -> None:
+        """Move all parameters along their gradients."""
+        found: Any = [parameter.grad for parameter in self._parameters]
         gradients = [
             gradient if coordinates is None else coordinates.of_gradient(gradient)
-            for gradient, coordinates in zip(gradients, self._coordinates, strict=True)
+            for gradient, coordinates in zip(found, self._coordinates, strict=True)
         ]
-        self._updates += 1
-        updates = self._adam(gradients)
-        torch._foreach_mul_(updates, [-rate * size for size in self._sizes])
+        rate, *corrections = self._factors
+        updates = self._adam(gradients, *corrections)
+        torch._foreach_mul_(updates, self._sizes)
+        torch._foreach_mul_(updates, rate)
         changes = [
             update if coordinates is None else coordinates.of_parameter(update)
             for update, coordinates in zip(updates, self._coordinates, strict=True)
         ]
         torch._foreach_add_(self._parameters, changes)
+        self.trained.limit_()
 
-    def _adam(self, gradients: Any) -> Any:
+    def _adam(self, gradients: Any, of_average: Tensor, of_root: Tensor) -> Any:
         """Return Adam's updates by a few operations; torch's optimizer needs some for each rate."""
         first, second = BETAS
         torch._foreach_lerp_(self._averages, gradients, 1 - first)
         torch._foreach_mul_(self._squares, second)
         torch._foreach_addcmul_(self._squares, gradients, gradients, value=1 - second)
         roots = torch._foreach_sqrt(self._squares)
-        torch._foreach_div_(roots, math.sqrt(1 - second**self._updates))
+        torch._foreach_div_(roots, of_root)
         torch._foreach_add_(roots, EPSILON)
-        torch._foreach_mul_(roots, 1 - first**self._updates)
+        torch._foreach_mul_(roots, of_average)
         torch._foreach_reciprocal_(roots)
         torch._foreach_mul_(roots, self._averages)
         return roots

@@ -19,6 +19,7 @@ from lrc.compressors.heal.adapter_kinds import ADAPTERS
 from lrc.compressors.heal.budget_switch import BudgetSwitch
 from lrc.compressors.heal.descent import Descent, is_better
 from lrc.compressors.heal.divergence import Losses, Predictor, add_gradients, mean_losses
+from lrc.compressors.heal.fused_norms import fuse_norms_
 from lrc.compressors.heal.gradient_step import GradientStep
 from lrc.compressors.heal.moving_support import MovingSupport
 from lrc.compressors.heal.nuclear_norm import NuclearNorm
@@ -77,6 +78,9 @@ def distill(work: HealWork, options: Distill | Scales) -> dict[str, Any]:
         for name in names:
             recompute_(student.get_submodule(name))
     teacher = models.load_dense(models.dtype).requires_grad_(False)
+    if student.dtype == teacher.dtype and device.startswith("cuda"):
+        fuse_norms_(student)
+        fuse_norms_(teacher)
     dense, compressed = (
         Predictor(
             model,

@@ -4,17 +4,14 @@ A training step of a small model launches thousands of kernels that take longer 
 run.
 """
 
-import logging
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from lrc.compressors.heal.repeatable import RepeatableGradients
-from lrc.compressors.models.configuration import first_line
-from lrc.compressors.solvers.cuda_graphs import record
-
-log = logging.getLogger(__name__)
+from lrc.compressors.solvers.cuda_graphs import record_if_possible
 
 
 class GradientStep:
@@ -42,7 +39,7 @@ class GradientStep:
     ) -> None:
         self._add, self._parameters, self._device = add, parameters, device
         self._repeatable = RepeatableGradients(parameters, device)
-        self._recorded: dict[Hashable, tuple[list[Tensor], Callable[[], object]]] = {}
+        self._steps: dict[Hashable, tuple[list[Tensor], Callable[[], object]]] = {}
         self._recordable = device.type == "cuda"
         self._pool = torch.cuda.graph_pool_handle() if self._recordable else None
 
@@ -55,40 +52,25 @@ class GradientStep:
             Everything else on the host that determines what is computed.
         """
         key = tuple(tensor.shape for tensor in batch), variant
-        if self._recordable and key not in self._recorded:
-            self._record(batch, key)
-        if key not in self._recorded:
-            moved = [tensor.to(self._device) for tensor in batch]
-            self._repeatable(lambda: self._add(*moved))
-            return
-        places, repeat = self._recorded[key]
+        if key not in self._steps:
+            self._steps[key] = self._prepared(batch)
+        places, add = self._steps[key]
         for place, tensor in zip(places, batch, strict=True):
             place.copy_(tensor)
-        repeat()
+        add()
 
-    def _record(self, batch: Sequence[Tensor], key: Hashable) -> None:
-        """Record without effect on the gradients."""
+    def _prepared(self, batch: Sequence[Tensor]) -> tuple[list[Tensor], Callable[[], object]]:
+        """Return places for a batch, and what adds its gradients; record it without effect."""
+        places = [tensor.to(self._device, copy=True) for tensor in batch]
+        add = partial(self._repeatable, partial(self._add, *places))
+        if not self._recordable:
+            return places, add
         gradients = [parameter.grad for parameter in self._parameters]
         before = [gradient.clone() for gradient in gradients if gradient is not None]
-        places = [tensor.to(self._device, copy=True) for tensor in batch]
-        runs = 0
-
-        def step() -> None:
-            nonlocal runs
-            self._repeatable(lambda: self._add(*places))
-            runs += 1
-            if runs == 1:  # what it needed cannot be used again by the recording
-                torch.cuda.empty_cache()
-
-        try:
-            self._recorded[key] = places, record(step, self._device, self._pool)
-        except Exception as error:
-            if runs == 0:
-                raise
-            self._recordable = False
-            log.info("training steps are not recorded: %s", first_line(error))
-            torch.cuda.empty_cache()
+        repeat = record_if_possible(add, self._device, self._pool)
+        self._recordable = repeat is not add
         for parameter, gradient, value in zip(self._parameters, gradients, before, strict=True):
             assert gradient is not None
             parameter.grad = gradient
             gradient.copy_(value)
+        return places, repeat

@@ -1,6 +1,7 @@
 """The machine a run executes on: device, progress callback, memory and time of the stages."""
 
 import gc
+import os
 import re
 import sys
 import time
@@ -26,6 +27,9 @@ stop. Must not print to stdout, which is redirected while an lm-eval task runs."
 
 PINNED_BYTES = 2**25
 """Bytes that are copied to a GPU at once."""
+
+ALLOCATOR_SETTINGS = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
+"""Environment variables that torch reads."""
 
 
 def no_progress(stage: str, done: int, total: int) -> None:
@@ -58,6 +62,8 @@ class Machine:
 
     def __post_init__(self) -> None:
         """Raise `RecipeError` if the device does not exist here."""
+        if self.device != "cpu":
+            use_expandable_segments()
         if self.device in ("auto", "cpu"):
             return
         found = re.fullmatch(r"cuda(?::(0|[1-9][0-9]{0,3}))?", self.device)
@@ -83,6 +89,17 @@ class Machine:
         """Make the device torch's current one, which Triton kernels and libraries work on."""
         with torch.cuda.device(self.chosen) if self.chosen.startswith("cuda") else nullcontext():
             yield
+
+
+def use_expandable_segments() -> None:
+    """Let torch join freed pieces of GPU memory, unless the user has set its allocator.
+
+    Stages need a few large tensors of different sizes. In fixed segments, a search that needs 9 GiB
+    can fail with 12, of which a third is free in pieces. This must precede the first tensor on a
+    GPU.
+    """
+    if sys.platform == "linux" and not os.environ.keys() & ALLOCATOR_SETTINGS:
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 class Clock:

@@ -43,6 +43,32 @@ def record(
     return _Recording(step, graph, device)
 
 
+def record_if_possible(
+    step: Callable[[], object], device: torch.device, pool: Any = None
+) -> Callable[[], object]:
+    """Run a function once as `record` does; return `step` itself if it cannot be recorded.
+
+    That is so, for example, if its control flow depends on values.
+    """
+    runs = 0
+
+    def counted() -> None:
+        nonlocal runs
+        step()
+        runs += 1
+        if runs == 1 and device.type == "cuda":  # the recording cannot use what it needed
+            torch.cuda.empty_cache()
+
+    try:
+        return record(counted, device, pool)
+    except Exception as error:
+        if runs == 0:
+            raise
+        log.info("steps are not recorded: %s", error)
+        torch.cuda.empty_cache()
+        return step
+
+
 def _captured(step: Callable[[], object], pool: Any) -> torch.cuda.CUDAGraph:
     """Record a function on the current stream, again if it fails the first time."""
     try:

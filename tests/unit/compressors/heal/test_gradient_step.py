@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lrc.compressors.heal import gradient_step
 from lrc.compressors.heal.gradient_step import GradientStep
+from lrc.compressors.solvers import cuda_graphs
 
 WINDOWS = torch.arange(8).view(2, 4)
 
@@ -39,7 +39,7 @@ def test_a_recording_that_fails_leaves_the_gradients_of_plain_steps(
         step()  # type: ignore[operator]
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(gradient_step, "record", broken)
+    monkeypatch.setattr(cuda_graphs, "record", broken)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     parameter = weights()
     add = adding(parameter)
@@ -53,7 +53,7 @@ def test_a_recording_that_fails_leaves_the_gradients_of_plain_steps(
 
 
 def test_an_error_of_the_step_itself_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gradient_step, "record", lambda step, *_: step())
+    monkeypatch.setattr(cuda_graphs, "record", lambda step, *_: step())
     add = adding(weights())
     add._recordable = True
     with pytest.raises(IndexError):
@@ -67,6 +67,6 @@ def test_a_recorded_step_adds_the_gradients_of_its_input() -> None:
     add(WINDOWS[:, :2])
     add(WINDOWS[:, 2:])
     add(WINDOWS[:1])
-    assert len(add._recorded) == 2
+    assert len(add._steps) == 2
     assert parameter.grad is not None
     assert parameter.grad.tolist() == [4, 4, 4, 4, 2, 2, 2, 2]
