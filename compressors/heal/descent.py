@@ -11,6 +11,7 @@ from lrc.compressors.heal.budget import Budget
 from lrc.compressors.heal.parameters import TrainedParameters
 from lrc.compressors.heal.schedule import WARM_UP, learning_rate
 from lrc.compressors.solvers.cuda_graphs import record_if_possible
+from lrc.compressors.solvers.linalg import tensor_cores
 
 BETAS, EPSILON = (0.9, 0.95), 1e-8
 LARGEST_NORM = 1.0
@@ -117,18 +118,20 @@ class Descent:
     def _move_(self) -> None:
         """Move all parameters along their gradients."""
         found: Any = [parameter.grad for parameter in self._parameters]
-        gradients = [
-            gradient if coordinates is None else coordinates.of_gradient(gradient)
-            for gradient, coordinates in zip(found, self._coordinates, strict=True)
-        ]
+        with tensor_cores(self._factors.device):
+            gradients = [
+                gradient if coordinates is None else coordinates.of_gradient(gradient)
+                for gradient, coordinates in zip(found, self._coordinates, strict=True)
+            ]
         rate, *corrections = self._factors
         updates = self._adam(gradients, *corrections)
         torch._foreach_mul_(updates, self._sizes)
         torch._foreach_mul_(updates, rate)
-        changes = [
-            update if coordinates is None else coordinates.of_parameter(update)
-            for update, coordinates in zip(updates, self._coordinates, strict=True)
-        ]
+        with tensor_cores(self._factors.device):
+            changes = [
+                update if coordinates is None else coordinates.of_parameter(update)
+                for update, coordinates in zip(updates, self._coordinates, strict=True)
+            ]
         torch._foreach_add_(self._parameters, changes)
         self.trained.limit_()
 

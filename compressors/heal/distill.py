@@ -24,6 +24,7 @@ from lrc.compressors.heal.gradient_step import GradientStep
 from lrc.compressors.heal.moving_support import MovingSupport
 from lrc.compressors.heal.nuclear_norm import NuclearNorm
 from lrc.compressors.heal.parameters import TrainedParameters
+from lrc.compressors.heal.recorded_attention import record_without_masks_
 from lrc.compressors.heal.schedule import batch_rows
 from lrc.compressors.heal.trained_files import model_file, write_trained
 from lrc.compressors.heal.unpacked_factors import UnpackedFactor, unpack_factors_
@@ -78,9 +79,11 @@ def distill(work: HealWork, options: Distill | Scales) -> dict[str, Any]:
         for name in names:
             recompute_(student.get_submodule(name))
     teacher = models.load_dense(models.dtype).requires_grad_(False)
-    if student.dtype == teacher.dtype and device.startswith("cuda"):
-        fuse_norms_(student)
-        fuse_norms_(teacher)
+    if device.startswith("cuda"):
+        for model in (student, teacher):
+            record_without_masks_(model)
+            if model.dtype == models.dtype:
+                fuse_norms_(model)
     dense, compressed = (
         Predictor(
             model,

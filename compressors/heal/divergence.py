@@ -17,6 +17,7 @@ from torch.nn.functional import nll_loss, pad
 from lrc.compressors.evaluate.agreement import kl_divergence, log_probabilities
 from lrc.compressors.evaluate.logits import head_gives_logits
 from lrc.compressors.heal.hidden_states import hidden_distance, recorded
+from lrc.compressors.kernels.logit_divergence import fused_gradient
 
 PIECE = {"cpu": 256, "cuda": 2048}
 NO_LABEL = -100
@@ -210,12 +211,8 @@ def add_gradients(
         leaf = found[rows].detach().requires_grad_(True)
         own = compressed.logits(leaf)
         with torch.no_grad():
-            at_logits = logit_gradient(
-                dense.logits(expected[rows]),
-                own.detach(),
-                kind,
-                labels=labels[rows],
-                weight=cross_entropy,
+            at_logits = _gradient(
+                dense.logits(expected[rows]), own.detach(), kind, labels[rows], cross_entropy
             )
         (at_features,) = torch.autograd.grad(own, leaf, at_logits.to(own.dtype))
         # Weights are applied to features, which are smaller.
@@ -225,3 +222,20 @@ def add_gradients(
         return
     distance = hidden * (hidden_distance(expected_states, states) @ weights.float())
     torch.autograd.backward([found, distance], [gradient, torch.ones_like(distance)])
+
+
+def _gradient(
+    dense: Tensor, compressed: Tensor, kind: Kind, labels: Tensor, weight: float
+) -> Tensor:
+    """Return `logit_gradient`, by a kernel if there is one."""
+    found = fused_gradient(
+        dense,
+        compressed,
+        labels,
+        forward=kind != "reverse",
+        reverse=kind != "forward",
+        weight=weight,
+    )
+    if found is not None:
+        return found
+    return logit_gradient(dense, compressed, kind, labels=labels, weight=weight)

@@ -1,0 +1,39 @@
+"""Attention that needs no mask in a recording either.
+
+Causal attention over whole windows needs no mask, and the fastest kernels, as well as those that
+add gradients in a fixed order without taking several times as long, do not accept one. While a CUDA
+graph is recorded, transformers cannot read the values that show that a mask is superfluous, and
+makes one.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "lrc_recorded_sdpa"
+PLAIN = "sdpa"
+
+
+def record_without_masks_(model: PreTrainedModel) -> None:
+    """Let recordings of a model omit the masks that the same call has omitted before."""
+    if model.config._attn_implementation == PLAIN:
+        AttentionInterface.register(NAME, _attention)
+        AttentionMaskInterface.register(NAME, sdpa_mask)
+        model.set_attn_implementation(NAME)
+
+
+def _attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
+) -> tuple[Tensor, None]:
+    """Compute attention as transformers does, see `sdpa_attention_forward`."""
+    lengths = query.shape[2], key.shape[2]
+    if query.is_cuda and torch.cuda.is_current_stream_capturing():
+        if getattr(module, "unmasked_lengths", None) == lengths:
+            attention_mask = None
+    else:
+        module.unmasked_lengths = lengths if attention_mask is None else None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
