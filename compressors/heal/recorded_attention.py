@@ -8,11 +8,12 @@ makes one.
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from lrc.compressors.solvers.cuda_graphs import is_recording
 
 NAME = "lrc_recorded_sdpa"
 PLAIN = "sdpa"
@@ -31,7 +32,7 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """Compute attention as transformers does, see `sdpa_attention_forward`."""
     lengths = query.shape[2], key.shape[2]
-    if query.is_cuda and torch.cuda.is_current_stream_capturing():
+    if is_recording():
         if getattr(module, "unmasked_lengths", None) == lengths:
             attention_mask = None
     else:

@@ -31,6 +31,8 @@ from lrc.configs.errors import RecipeError
 from lrc.configs.heal import HealBase
 
 SNAPSHOT_SECONDS = 30.0
+SNAPSHOT_SHARE = 0.05
+"""Largest fraction of the time that writing snapshots takes."""
 WHOLE = f".{Dense.TYPE}.{IntegerMatrix.LEAF}"
 """Ending of the names of integers that are a whole weight, not a factor."""
 
@@ -165,7 +167,7 @@ class Snapshots:
         self._journal, self._on_step = work.session.journal, work.session.on_step
         self._piece = state_file(work.stage)
         self._descent = descent
-        self._saved = time.monotonic()
+        self._saved, self._interval = time.monotonic(), SNAPSHOT_SECONDS
 
     def resume(self) -> bool:
         """Load the snapshot; return whether there was one."""
@@ -178,7 +180,7 @@ class Snapshots:
 
     def finish_step(self) -> None:
         """Save if a snapshot is due; report progress."""
-        if time.monotonic() - self._saved >= SNAPSHOT_SECONDS:
+        if time.monotonic() - self._saved >= self._interval:
             self._save()
         try:
             self._on_step("heal", self._descent.done, self._descent.steps)
@@ -191,9 +193,11 @@ class Snapshots:
         self._journal.forget(self._piece)
 
     def _save(self) -> None:
+        start = time.monotonic()
         tensors, facts = self._descent.state()
         self._journal.write_tensors(self._piece, tensors, {"state": facts})
         self._saved = time.monotonic()
+        self._interval = max(SNAPSHOT_SECONDS, (self._saved - start) / SNAPSHOT_SHARE)
 
 
 def loss_facts(descent: Descent) -> dict[str, Any]:

@@ -23,8 +23,8 @@ class MaskedWeight(FastPath, Component):
     named after the fields of `Masked`.
     """
 
-    _places: tuple[Tensor, Places] | None = None
-    """The stored mask, and the places of its bits, which training needs."""
+    _places: tuple[Tensor, int, Places] | None = None
+    """The stored mask, its version, and the places of its bits, which training needs."""
 
     @abstractmethod
     def layout(self) -> tuple[int, int, int, int]:
@@ -68,9 +68,10 @@ class MaskedWeight(FastPath, Component):
         stored = self.get_buffer("mask")
         mask = partial(unpack_bits, stored, columns)
         if needs_gradients(values) and not torch.compiler.is_compiling():
-            if self._places is None or self._places[0] is not stored:
-                self._places = stored, places_of(mask())
-            return placed(values, self._places[1])
+            known, version = self._places, 0 if stored.is_inference() else stored._version
+            if known is None or known[0] is not stored or known[1] != version:
+                known = self._places = stored, version, places_of(mask())
+            return placed(values, known[2])
         whole = values.new_zeros(len(stored), columns, size)
         return whole.masked_scatter(mask()[:, :, None], values).flatten(1)
 

@@ -69,6 +69,11 @@ def record_if_possible(
         return step
 
 
+def is_recording() -> bool:
+    """Return whether the current stream is recorded."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 def _captured(step: Callable[[], object], pool: Any) -> torch.cuda.CUDAGraph:
     """Record a function on the current stream, again if it fails the first time."""
     try:

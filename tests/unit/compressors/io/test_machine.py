@@ -1,6 +1,7 @@
 """The device of a run: checked at once, and current wherever work is done on it."""
 
 import inspect
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from lrc.cli import evaluate, generate, whole_models
 from lrc.compressors import pipeline
 from lrc.compressors.io import machine
 from lrc.compressors.io.journal import Journal
-from lrc.compressors.io.machine import Machine
+from lrc.compressors.io.machine import ALLOCATOR_SETTINGS, Machine
 from lrc.compressors.pipeline import compress
 from lrc.configs.errors import RecipeError
 from lrc.configs.load import load_recipe
@@ -196,3 +197,19 @@ def test_a_stage_inside_another_counts_once(
                     now[0] += 100
         now[0] += 2
     assert clock.seconds == clock.cpu_seconds == {"slice": 200, "convert": 20, "allocate": 3}
+
+
+@pytest.mark.parametrize("name", sorted(ALLOCATOR_SETTINGS))
+def test_the_allocator_of_a_gpu_is_set_unless_the_user_does(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, str] = {}
+    monkeypatch.setattr(os, "environ", settings)
+    Machine("cpu")
+    assert settings == {}
+    Machine("auto")
+    assert settings == {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    settings.clear()
+    settings[name] = "backend:native"
+    Machine("auto")
+    assert settings == {name: "backend:native"}
