@@ -196,8 +196,8 @@ def _expert_moments(work: Workload) -> int:
 def _training(work: Workload, record: TrainingRecord) -> int:
     """Return the memory of a stage that trains the whole model, without activations.
 
-    In float32: the dense model, the compressed one and, for each number that is trained, a
-    gradient, two averages and the best value.
+    The dense model, the compressed one and, in float32 for each number that is trained, a gradient,
+    two averages and the best value; and the number itself if the models are in 16 bits.
     """
     if record.method == "block":
         return 0  # hidden states and one layer, as in calibration
@@ -206,7 +206,9 @@ def _training(work: Workload, record: TrainingRecord) -> int:
     # Where masks change, all entries of a matrix are trained.
     moves = record.options.get("support") == "moving"
     trained = 0 if few else plan.dense_parameters if moves else plan.compressed_parameters
-    return 4 * (plan.dense_parameters + plan.compressed_parameters + 4 * trained)
+    models = work.model_itemsize * (plan.dense_parameters + plan.compressed_parameters)
+    exact = work.model_itemsize < VALUE_BYTES
+    return models + VALUE_BYTES * (4 + exact) * trained
 
 
 def _evaluation(work: Workload, free: int) -> Need:

@@ -44,6 +44,9 @@ class Descent:
     budget : Budget
     rate : float
         Highest learning rate, relative, until a restart.
+    pool : optional
+        Memory that recordings share, see `torch.cuda.graph_pool_handle`. Without it, updates are
+        not recorded: a recording keeps the memory that an update needs.
 
     References
     ----------
@@ -51,8 +54,10 @@ class Descent:
        ICML 2018, section 8. https://arxiv.org/abs/1804.04235
     """
 
-    def __init__(self, trained: TrainedParameters, *, budget: Budget, rate: float) -> None:
-        self.trained, self.budget = trained, budget
+    def __init__(
+        self, trained: TrainedParameters, *, budget: Budget, rate: float, pool: Any = None
+    ) -> None:
+        self.trained, self.budget, self._pool = trained, budget, pool
         self.done = 0
         self.rates = [(0, rate)]
         """Steps done at every start, and the learning rate from then on."""
@@ -73,7 +78,7 @@ class Descent:
         first = self._parameters[0]
         self._factors = torch.zeros(3, dtype=first.dtype, device=first.device)
         self._repeat: Callable[[], object] | None = None
-        """Moves the parameters; recorded when it is called first."""
+        """The recorded `_move_`."""
 
     @property
     def steps(self) -> int:
@@ -96,8 +101,10 @@ class Descent:
         if bool(norm.isfinite()):
             self._updates += 1
             self._factors.copy_(torch.tensor(self._next_factors(), dtype=torch.float64))
-            if self._repeat is None:
-                self._repeat = record_if_possible(self._move_, self._factors.device)
+            if self._pool is None:
+                self._move_()
+            elif self._repeat is None:
+                self._repeat = record_if_possible(self._move_, self._factors.device, self._pool)
             else:
                 self._repeat()
         else:

@@ -95,7 +95,8 @@ def distill(work: HealWork, options: Distill | Scales) -> dict[str, Any]:
     )
     most = BATCH_TOKENS[torch.device(device).type] // text.training.shape[1]
     together = min(options.batch, options.micro_batch or max(1, most))
-    descent = Descent(trained, budget=work.budget(), rate=options.rate)
+    pool = torch.cuda.graph_pool_handle() if device.startswith("cuda") else None
+    descent = Descent(trained, budget=work.budget(), rate=options.rate, pool=pool)
     snapshots = Snapshots(work, descent)
     switch = BudgetSwitch(student, work.plan.elastic)
 
@@ -131,7 +132,7 @@ def distill(work: HealWork, options: Distill | Scales) -> dict[str, Any]:
         trained.collect_gradients_()
 
     parameters = [*trained.parameters.values()]
-    add = GradientStep(add_to_trained, parameters, torch.device(device))
+    add = GradientStep(add_to_trained, parameters, torch.device(device), pool)
     with deterministic(device):
         if not snapshots.resume():
             descent.judge(judged(held_out_losses()))

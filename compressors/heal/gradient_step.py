@@ -6,6 +6,7 @@ run.
 
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,8 @@ class GradientStep:
     parameters : sequence of Tensor
         Their gradients exist.
     device : torch.device
+    pool : optional
+        Memory that recordings share, see `torch.cuda.graph_pool_handle`.
     """
 
     def __init__(
@@ -36,12 +39,13 @@ class GradientStep:
         add: Callable[..., object],
         parameters: Sequence[Tensor],
         device: torch.device,
+        pool: Any = None,
     ) -> None:
         self._add, self._parameters, self._device = add, parameters, device
         self._repeatable = RepeatableGradients(parameters, device)
         self._steps: dict[Hashable, tuple[list[Tensor], Callable[[], object]]] = {}
         self._recordable = device.type == "cuda"
-        self._pool = torch.cuda.graph_pool_handle() if self._recordable else None
+        self._pool = pool
 
     def __call__(self, *batch: Tensor, variant: Hashable = None) -> None:
         """Add the gradients for the tensors of a batch.

@@ -111,7 +111,8 @@ class MaskSearch:
         unit = unit / torch.where(size > 0, size, 1)
         W = (W * unit).to(single)
         a, b = inverse.diagonals(W)
-        return cls(W, unit, scaled.to(single), inverse, a * b, pattern, fallback)
+        metric, inverse = scaled.to(single).laid_out(), inverse.laid_out()
+        return cls(W, unit, metric, inverse, a * b, pattern, fallback)
 
     def unscaled(self, error: Tensor) -> Tensor:
         """Convert an error to the units of the weight, in float64."""

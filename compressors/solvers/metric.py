@@ -76,6 +76,21 @@ class Metric:
             sides.append(inverses[0] if M.ndim == 2 else torch.stack(inverses))
         return Metric(*sides), "; ".join(dict.fromkeys(notes)) or None
 
+    def laid_out(self) -> "Metric":
+        """Return the metric with the strides for which products are fastest on a GPU.
+
+        The matrices are symmetric, so that their transposes are equal. Products in TF32 of an error
+        [14336, 4096] take 4.4 instead of 6.7 ms with a G in rows, and 1.2 instead of 1.4 ms with an
+        H in columns (H200).
+        """
+
+        def strided(M: Tensor | None, *, by_rows: bool) -> Tensor | None:
+            if M is None or M.ndim == 1 or not M.is_cuda or (M.stride(-1) == 1) == by_rows:
+                return M
+            return M.mT
+
+        return Metric(strided(self.H, by_rows=False), strided(self.G, by_rows=True))
+
     def to(self, dtype: torch.dtype) -> "Metric":
         """Return the same metric in another dtype."""
         return Metric(*(None if M is None else M.to(dtype) for M in (self.H, self.G)))
