@@ -39,7 +39,8 @@ def pruning_work(d_out: int, d_in: int, sizes: int, *, curve: bool) -> int:
     rows = sampled_rows(d_out, d_in, sizes) if curve else 0
     if rows == 0:
         return fits * sizes * whole
-    return fits * (2 * whole + sizes * rows * d_in * (rows + d_in))
+    # Two searches of all rows; those of the sample at all sizes, and again at the same two.
+    return fits * (2 * whole + (sizes + 2) * rows * d_in * (rows + d_in))
 
 
 def sum_work(d_out: int, d_in: int, *, rank: int, rounds: int, start: bool) -> int:

@@ -78,8 +78,9 @@ def curve_energies(
         search = search.of_rows(_ROWS)  # instead of the search of all rows, to save memory
         part, part_metric = W[..., _ROWS, :], lambda: metric().of_rows(_ROWS)
         counts = [max(1, size * rows // d_out) for size in sizes]  # with n:8 there is no remainder
+        pair = _searched(search, part, part_metric, [counts[0], counts[-1]], rounds)
         sample = _searched(search, part, part_metric, counts, rounds)
-        energies, representative = _interpolated(sample, ends, sizes)
+        energies, representative = _scaled(sample, ends / pair, sizes)
         if not representative.all():
             del search
             search = MaskSearch.of(W, metric(), pattern)
@@ -113,15 +114,14 @@ def _energy(
     return metric().energy(E)
 
 
-def _interpolated(sample: Tensor, ends: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Return energies from those of a sample [sizes, ...] and of the weight at both ends [2, ...].
+def _scaled(sample: Tensor, ratios: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Scale the energies of a sample [sizes, ...] by the ratios at both ends [2, ...].
 
     Also returns of which weights the sample is representative, see `MAX_DRIFT`.
     """
-    first, last = (ends / sample[[0, -1]]).log()
+    first, last = ratios.log()
     places = (sizes[0] - sample.new_tensor(sizes)) / (sizes[0] - sizes[-1])  # 0 to 1
     places = places.view(-1, *[1] * first.ndim)
-    energies = sample * (first + places * (last - first)).exp()
-    energies[[0, -1]] = ends
     # False if an energy is zero, and a ratio is not finite.
-    return energies, (last - first).abs() <= log(MAX_DRIFT)
+    representative = (last - first).abs() <= log(MAX_DRIFT)
+    return sample * (first + places * (last - first)).exp(), representative
