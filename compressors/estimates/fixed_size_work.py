@@ -62,6 +62,10 @@ def solution_operations(work: Workload) -> float:
 
 
 def _operations(task: LayerTask, flops: int) -> float:
-    """Return the operations of a task, of which each product with the metric has some."""
+    """Return the operations of a task, of which each product with the metric has some.
+
+    Products of a sample of rows count in proportion: starting the operations of a matrix that is
+    large enough to be sampled takes little of its time.
+    """
     d_out, d_in = task.stacked_shape
     return OPERATIONS * flops / (d_out * d_in * (d_out + d_in))

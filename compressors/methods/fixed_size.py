@@ -117,7 +117,7 @@ class Pruning(FixedSizeMethod):
         """Return the multiply-adds, which do not depend on the number of entries."""
         if self.saliency != "second-order":
             return 0
-        return len(sizes) * pruning_work(d_out, d_in, curve=curve)
+        return pruning_work(d_out, d_in, len(sizes), curve=curve)
 
 
 def _pattern(sizes: Sizes, options: Mapping[str, Any]) -> Pattern:

@@ -14,6 +14,7 @@ from lrc.compressors.solvers.mask_search import (
     STEPS_IN_METRIC,
 )
 from lrc.compressors.solvers.pruning import CURVE_ROUNDS, ROUNDS
+from lrc.compressors.solvers.sampled_curves import sampled_rows
 from lrc.compressors.solvers.sparse_plus_low_rank import START_STEPS, directions
 from lrc.compressors.solvers.thresholding import CODE_STEPS, FINAL_ROUNDS, FINAL_STEPS, START_ROUNDS
 
@@ -26,12 +27,20 @@ METRICS = 5
 EIGENVECTORS = 40
 
 
-def pruning_work(d_out: int, d_in: int, *, curve: bool) -> int:
-    """Count second-order pruning: one product ``G @ E @ H`` per step, and one per refit."""
+def pruning_work(d_out: int, d_in: int, sizes: int, *, curve: bool) -> int:
+    """Count second-order pruning to several sizes.
+
+    There is one product ``G @ E @ H`` per step, and one per refit.
+    """
     rounds = CURVE_ROUNDS if curve else ROUNDS
     last = CURVE_STEPS_IN_METRIC if curve else STEPS_IN_METRIC
     fits = 2 * (OUTER_STEPS + 2) + rounds * (STEPS + 2) + last + 1
-    return fits * d_out * d_in * (d_out + d_in)
+    whole = d_out * d_in * (d_out + d_in)
+    rows = sampled_rows(d_out, d_in, sizes) if curve else 0
+    if rows == 0:
+        return fits * sizes * whole
+    # Two searches of all rows; those of the sample at all sizes, and again at the same two.
+    return fits * (2 * whole + (sizes + 2) * rows * d_in * (rows + d_in))
 
 
 def sum_work(d_out: int, d_in: int, *, rank: int, rounds: int, start: bool) -> int:

@@ -114,6 +114,18 @@ class MaskSearch:
         metric, inverse = scaled.to(single).laid_out(), inverse.laid_out()
         return cls(W, unit, metric, inverse, a * b, pattern, fallback)
 
+    def of_rows(self, rows: slice) -> "MaskSearch":
+        """Return the problem of some rows alone, which shares the matrices of the inputs."""
+        # Copies, which do not keep the matrices of all rows in memory. G is inverted from float32,
+        # the rounding errors of which are smaller than the damping.
+        W, unit = (M[..., rows, :].clone() for M in (self.W, self.unit))
+        part = self.metric.of_rows(rows).G
+        G = None if part is None else part.clone()
+        inverse = Metric(None, None if G is None else G.double()).inverse(SEARCH_DAMP, W.dtype)[0].G
+        metric, inverted = Metric(self.metric.H, G), Metric(self.inverse.H, inverse)
+        a, b = inverted.diagonals(W)
+        return MaskSearch(W, unit, metric, inverted, a * b, self.pattern, self.fallback)
+
     def unscaled(self, error: Tensor) -> Tensor:
         """Convert an error to the units of the weight, in float64."""
         return error.double() / self.unit

@@ -56,6 +56,12 @@ class Metric:
             G = G / left[:, 0] / left[:, 0] if G.ndim == 1 else (G / left.mT).div_(left)
         return Metric(H, G)
 
+    def of_rows(self, rows: slice) -> "Metric":
+        """Return the metric of errors that are zero in all other rows."""
+        if self.G is None:
+            return self
+        return Metric(self.H, self.G[rows] if self.G.ndim == 1 else self.G[..., rows, rows])
+
     def inverse(self, damp: float, dtype: torch.dtype) -> tuple["Metric", str | None]:
         """Invert both matrices, each with `damp` times its mean diagonal added; note fallbacks.
 

@@ -4,7 +4,7 @@ Magnitude and Wanda select entries in one step and keep their values; the second
 optimizes mask and values.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, get_args
@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from lrc.compressors.solvers.linalg import check_size
-from lrc.compressors.solvers.mask_search import CURVE_STEPS_IN_METRIC, MaskSearch
+from lrc.compressors.solvers.mask_search import MaskSearch
 from lrc.compressors.solvers.masks import GROUP_SIZES, Pattern, largest, largest_of_groups
 from lrc.compressors.solvers.metric import Metric, damped_metric, stacked
 from lrc.compressors.solvers.moments import Moment
+from lrc.compressors.solvers.sampled_curves import curve_energies
 
 Saliency = Literal["magnitude", "wanda", "second-order"]
 
@@ -128,8 +129,8 @@ def prune_curve(
 
     Budgets are processed in descending order, each from the mask of the previous one. The energies,
     in the order of `nonzeros`, are usually above those of `prune`, by up to a third if half of the
-    entries are removed. More rounds reduce the difference. Parameters and exceptions are those of
-    `prune`.
+    entries are removed. More rounds reduce the difference. Those of a large weight are found in a
+    sample of its rows, see `sampled_curves`. Parameters and exceptions are those of `prune`.
     """
     if saliency != "second-order":
         one = partial(prune, W, inputs, gradients, pattern=pattern, saliency=saliency)
@@ -140,7 +141,7 @@ def prune_curve(
     def metric() -> Metric:
         return damped_metric(inputs, gradients, damp, gradient_damp)[0]
 
-    return _curves(W.double(), metric, nonzeros, pattern, rounds).tolist()
+    return curve_energies(W.double(), metric, nonzeros, pattern, rounds).tolist()
 
 
 def prune_curves(
@@ -169,33 +170,8 @@ def prune_curves(
             for W, each in zip(weights, moments, strict=True)
         ]
     W = torch.stack([*weights]).double()
-    found: list[list[float]] = _curves(W, lambda: together, nonzeros, pattern, rounds).T.tolist()
-    return found
-
-
-def _curves(
-    W: Tensor,
-    metric: Callable[[], Metric],
-    nonzeros: Sequence[int],
-    pattern: Pattern,
-    rounds: int,
-) -> Tensor:
-    """Return the energies [sizes] of a weight, or [sizes, n] of a stack of them, in float64.
-
-    `metric` makes the metric whenever it is needed: it may be the largest matrix, and searches only
-    need copies in float32.
-    """
-    search = MaskSearch.of(W, metric(), pattern)
-    state = search.dense()
-    energies: dict[int, Tensor] = {}
-    for budget in sorted(set(nonzeros), reverse=True):
-        state = search.best(state, budget, rounds)
-        error = search.unscaled(search.refined(state, CURVE_STEPS_IN_METRIC))
-        E = torch.where(state.mask, error, W)
-        energies[budget] = metric().energy(E)
-    if not energies:
-        return W.new_zeros(0, *W.shape[:-2])
-    return torch.stack([energies[budget] for budget in nonzeros])
+    energies = curve_energies(W, lambda: together, nonzeros, pattern, rounds)  # [sizes, n]
+    return energies.T.tolist()
 
 
 def _check(W: Tensor, nonzeros: int | None, pattern: Pattern, saliency: str) -> None:

@@ -14,7 +14,7 @@ from lrc.compressors.estimates import solver_memory
 from lrc.compressors.estimates.solver_memory import DOUBLE, STACK_MATRICES, STACK_SQUARES
 from lrc.compressors.layers import QuantizationArgs
 from lrc.compressors.methods.fixed_size import Pruning
-from lrc.compressors.solvers import error_compensation
+from lrc.compressors.solvers import error_compensation, sampled_curves
 from lrc.compressors.solvers.column_quantizer import ColumnQuantizer
 from lrc.compressors.solvers.error_compensation import refit_target
 from lrc.compressors.solvers.gptq import gptq_together
@@ -56,20 +56,26 @@ def moment(size: int) -> Moment:
 
 
 @pytest.mark.parametrize("shape", [(160, 320), (320, 160), (192, 192)], ids=str)
-@pytest.mark.parametrize("count", [0, 1, 2], ids=["solution", "curve", "curves of two"])
+@pytest.mark.parametrize(
+    ("count", "sampled"),
+    [(0, False), (1, False), (1, True), (2, False)],
+    ids=["solution", "curve", "sampled curve", "curves of two"],
+)
 def test_a_mask_search_takes_the_estimated_memory(
-    shape: tuple[int, int], count: int, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, int], count: int, sampled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     d_out, d_in = shape
+    if sampled:
+        monkeypatch.setattr(sampled_curves, "SAMPLED_FROM", 0)
     part = Pruning(frozenset({"inputs", "gradients"}), "")
     weights = [torch.randn(shape).bfloat16() for _ in range(max(count, 1))]
     known = [Statistics(100, moment(d_in), moment(d_out)) for _ in weights]
-    sizes = {"nonzeros": d_out * d_in // 2}
+    sizes = [{"nonzeros": d_out * d_in * n // 4} for n in ((3, 2, 1) if sampled else (2,))]
     options = {"damp": 1e-4, "gradient_damp": 1e-2}
     if count:
-        found = live_bytes(lambda: part.squared_errors_of(weights, known, [sizes], **options))
+        found = live_bytes(lambda: part.squared_errors_of(weights, known, sizes, **options))
     else:
-        found = live_bytes(lambda: part.solve(weights[0], known[0], sizes, **options))
+        found = live_bytes(lambda: part.solve(weights[0], known[0], sizes[0], **options))
     monkeypatch.setattr(solver_memory, "numbers", lambda task: d_out * d_in)
     monkeypatch.setattr(solver_memory, "_squares", lambda task: (d_in**2, d_out**2))
     given = len(weights) * (2 * d_out * d_in + 4 * (d_in**2 + d_out**2))

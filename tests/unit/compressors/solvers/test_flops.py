@@ -8,6 +8,7 @@ from lrc.compressors.methods.base import FixedSizeMethod
 from lrc.compressors.methods.fixed_size import LOW_RANK_PLUS_SPARSE
 from lrc.compressors.methods.table import METHODS
 from lrc.compressors.planning.rate_distortion import FRACTIONS
+from lrc.compressors.solvers import sampled_curves
 from lrc.compressors.solvers.moments import Moment, Statistics
 
 D_OUT, D_IN = 96, 64
@@ -53,6 +54,21 @@ def test_the_count_is_within_a_factor_of_two_of_the_products_that_are_made(name:
     assert made / 2 <= expected
     if name != "compot":
         assert expected <= 2 * made
+
+
+@pytest.mark.parametrize("sampled_from", [0, D_OUT * D_IN + 1])
+def test_the_count_of_a_curve_of_pruning_is_that_of_its_products(
+    sampled_from: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampled_curves, "SAMPLED_FROM", sampled_from)
+    method, (W, statistics) = METHODS["sparse"], known()
+    assert isinstance(method, FixedSizeMethod)
+    sizes = [{"nonzeros": D_OUT * D_IN * n // 10} for n in (9, 8, 6, 4)]
+    with FlopCounterMode(display=False) as counted:
+        method.squared_errors(W, statistics, sizes, **DAMPING)
+    expected = 2 * method.flops(D_OUT, D_IN, sizes, curve=True, **DAMPING)
+    # Inverses and measured energies are left out.
+    assert 0.85 <= expected / counted.get_total_flops() <= 1.0
 
 
 def test_a_curve_takes_more_than_one_solution_and_less_than_as_many() -> None:
