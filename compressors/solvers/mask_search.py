@@ -122,7 +122,7 @@ class MaskSearch:
         part = self.metric.of_rows(rows).G
         G = None if part is None else part.clone()
         inverse = Metric(None, None if G is None else G.double()).inverse(SEARCH_DAMP, W.dtype)[0].G
-        metric, inverted = Metric(self.metric.H, G), Metric(self.inverse.H, inverse)
+        metric, inverted = Metric(self.metric.H, G), Metric(self.inverse.H, inverse).laid_out()
         a, b = inverted.diagonals(W)
         return MaskSearch(W, unit, metric, inverted, a * b, self.pattern, self.fallback)
 
