@@ -14,7 +14,7 @@ from lrc.compressors.solvers.mask_search import (
     STEPS_IN_METRIC,
 )
 from lrc.compressors.solvers.pruning import CURVE_ROUNDS, ROUNDS
-from lrc.compressors.solvers.sampled_curves import sampled_rows
+from lrc.compressors.solvers.sampled_curves import WHOLE_SIZES, sampled_rows
 from lrc.compressors.solvers.sparse_plus_low_rank import START_STEPS, directions
 from lrc.compressors.solvers.thresholding import CODE_STEPS, FINAL_ROUNDS, FINAL_STEPS, START_ROUNDS
 
@@ -39,8 +39,9 @@ def pruning_work(d_out: int, d_in: int, sizes: int, *, curve: bool) -> int:
     rows = sampled_rows(d_out, d_in, sizes) if curve else 0
     if rows == 0:
         return fits * sizes * whole
-    # Two searches of all rows; those of the sample at all sizes, and again at the same two.
-    return fits * (2 * whole + (sizes + 2) * rows * d_in * (rows + d_in))
+    # A few searches of all rows; those of the sample at all sizes, and again at the same few.
+    sampled = (sizes + WHOLE_SIZES) * rows * d_in * (rows + d_in)
+    return fits * (WHOLE_SIZES * whole + sampled)
 
 
 def sum_work(d_out: int, d_in: int, *, rank: int, rounds: int, start: bool) -> int:
