@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Mapping
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,11 +19,6 @@ SMALLEST_SIZE = 1e-3
 """Root mean square from which on learning rates are relative, so that zeros are trained too."""
 LOWER = 1 / 3
 """Factor of the learning rate after a restart."""
-PATIENCE, ENDING, RISES = 0.3, 0.1, 3
-"""Fraction of all steps without a better measurement, after which training comes to an end if the
-last measurements have risen so often in a row; and the fraction that this takes."""
-FINISH = 1 / 2
-"""Learning rate of the end, relative to that of the best step."""
 
 
 def is_better(loss: float, best: float) -> bool:
@@ -38,10 +32,6 @@ class Descent:
     As long as no step was better than the untrained values, a measurement that is worse after the
     rate has reached its highest value shows that it is too high: training starts again with a lower
     one, for the steps that are left.
-
-    If measurements rise again and again, training returns to the best values and comes to an end,
-    with a rate that falls to zero: text that is repeated too often is learnt by heart, which more
-    steps do not undo.
 
     The learning rate of a tensor is relative to the root mean square of its values at first, as in
     Adafactor [1]_: stored forms differ in scale by orders of magnitude, and so do models. For the
@@ -73,8 +63,6 @@ class Descent:
         """Steps done at every start, and the learning rate from then on."""
         self.losses: list[tuple[int, float]] = []
         """Steps done, and the loss on held-out text with the values as they would be stored."""
-        self.ends: int | None = None
-        """Steps in all if training ends before its budget does."""
         self.skipped = 0
         """Steps without effect, because gradients were not finite."""
         self._updates = 0  # since the last start
@@ -95,13 +83,12 @@ class Descent:
     @property
     def steps(self) -> int:
         """Number of steps in all, as far as it is known."""
-        total = self.budget.total(self.done)
-        return total if self.ends is None else min(self.ends, total)
+        return self.budget.total(self.done)
 
     @property
     def is_judged(self) -> bool:
         """Whether the loss on held-out text is due."""
-        return self.done == self.ends or self.budget.is_judged(self.done)
+        return self.budget.is_judged(self.done)
 
     @property
     def best_loss(self) -> float:
@@ -127,19 +114,12 @@ class Descent:
         self.done += 1
         self.budget.advance()
 
-    def _rate(self, step: int) -> float:
-        """Return the learning rate of a step since the last start."""
-        start, highest = self.rates[-1]
-        return learning_rate(step - start, self.steps - start, highest)
-
     def _next_factors(self) -> list[float]:
         """Return the learning rate, and the factors that correct the averages of few steps."""
-        first, second = BETAS
-        return [
-            -self._rate(self.done),
-            1 - first**self._updates,
-            math.sqrt(1 - second**self._updates),
-        ]
+        start, highest = self.rates[-1]
+        rate = learning_rate(self.done - start, self.steps - start, highest)
+        first, second = (1 - beta**self._updates for beta in BETAS)
+        return [-rate, first, math.sqrt(second)]
 
     @torch.no_grad()
     def _move_(self) -> None:
@@ -182,31 +162,18 @@ class Descent:
         self.losses.append((self.done, loss))
         if better:
             self.best, self.best_step = self.trained.rounded(), self.done
-        elif self.done >= self.steps or self.ends is not None:
-            return
-        elif self.best_step == 0 and self._rises_no_more:
-            self._restart_(self.trained.start, LOWER * self.rates[-1][1])
-        elif self.best_step and self._gets_worse:
-            rate, total = self._rate(self.best_step), self.steps
-            self._restart_(self.best, FINISH * rate)
-            self.ends = self.done + max(1, round(ENDING * total))
+        elif self.best_step == 0 and self._rises_no_more and self.done < self.steps:
+            self._restart_()
 
     @property
     def _rises_no_more(self) -> bool:
         """Whether the learning rate has reached its highest value since the last start."""
         return self.done - self.rates[-1][0] >= WARM_UP
 
-    @property
-    def _gets_worse(self) -> bool:
-        """Whether the loss has risen for long, with fluctuations left out."""
-        last = [loss for _, loss in self.losses[-1 - RISES :]]
-        rises = len(last) > RISES and all(a < b for a, b in pairwise(last))
-        return rises and self.done - self.best_step >= PATIENCE * self.steps
-
-    def _restart_(self, values: Mapping[str, Tensor], rate: float) -> None:
-        """Return to earlier values, and train with another rate from here on."""
-        self.trained.set_(values)
-        self.rates.append((self.done, rate))
+    def _restart_(self) -> None:
+        """Return to the values at the start, and train with a lower rate from here on."""
+        self.trained.set_(self.trained.start)
+        self.rates.append((self.done, LOWER * self.rates[-1][1]))
         self._updates = 0
         for tensor in [*self._averages, *self._squares]:
             tensor.zero_()
@@ -231,7 +198,6 @@ class Descent:
             "rates": self.rates,
             "updates": self._updates,
             "best_step": self.best_step,
-            "ends": self.ends,
             "budget": self.budget.state(),
         }
         return {name: tensor.cpu() for name, tensor in tensors.items()}, facts
@@ -244,7 +210,6 @@ class Descent:
         self.best = {name: tensors[f"best/{name}"].to(device) for name in names}
         self.done, self.skipped = facts["done"], facts["skipped"]
         self.best_step, self._updates = facts["best_step"], facts["updates"]
-        self.ends = facts["ends"]
         self.rates = [(step, rate) for step, rate in facts["rates"]]
         self.budget.resume(facts["budget"])
         self.losses = [(step, loss) for step, loss in facts["losses"]]

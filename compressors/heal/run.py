@@ -116,7 +116,7 @@ def _train(
     else:
         assert isinstance(options, Distill | Scales)
         facts = distill(work, options)
-    if isinstance(options, Block) and record.steps is not None:
+    if record.steps is not None:
         facts["steps"] = record.steps  # also if a layer had nothing to train
     warnings = (
         repetition_warning(request, each, facts["steps"])

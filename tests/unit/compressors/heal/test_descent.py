@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from lrc.compressors.heal.budget import StepBudget
-from lrc.compressors.heal.descent import BETAS, EPSILON, FINISH, LARGEST_NORM, LOWER, Descent
+from lrc.compressors.heal.descent import BETAS, EPSILON, LARGEST_NORM, LOWER, Descent
 from lrc.compressors.heal.parameters import SMALLEST_SCALE, TrainedParameters
 from lrc.compressors.heal.schedule import WARM_UP, learning_rate
 
@@ -131,34 +131,6 @@ def test_a_restart_is_a_new_descent_for_the_steps_that_are_left() -> None:
         loss_of(each).backward()
         each.update_()
     assert torch.equal(*(each.trained.parameters["x"] for each in (descent, fresh)))
-
-
-def test_training_that_gets_worse_ends_from_its_best_values() -> None:
-    """With text that is learnt by heart, the loss on other text rises after a while."""
-    descent, other = start(rate=0.05, steps=100), torch.tensor([0.8, 0.6, 1.2])
-
-    def held_out() -> float:
-        return float((descent.trained.rounded()["x"].float() - other).square().sum())
-
-    descent.judge(held_out())
-    rates = []
-    while descent.done < descent.steps:
-        rates.append(descent._rate(descent.done))
-        loss_of(descent).backward()
-        descent.update_()
-        if descent.is_judged:
-            judged, ended = descent.best_step, descent.ends
-            descent.judge(held_out())
-            if ended is None and descent.ends is not None:
-                best = descent.best["x"].float()
-                assert torch.equal(descent.trained.parameters["x"], best)
-                assert (descent.done, descent.ends) == (judged + 30, judged + 40)
-    assert descent.ends == descent.done < 100
-    assert descent.losses[-1][0] == descent.done
-    assert len(descent.rates) == 2
-    assert descent.rates[1][1] == pytest.approx(FINISH * rates[judged])
-    assert rates[-1] < 0.2 * descent.rates[1][1]
-    assert descent.best_loss < 0.5 * descent.losses[0][1]
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
