@@ -13,10 +13,10 @@ one through all sizes.
 Energies differ from those of searches of all rows by 1.7 % on average and 8 % at most; they are
 0.8 % too high on average, and by kind of matrix 0.1 to 1.3 % (SmolLM2-135M-Instruct, kfac with
 12,288 tokens of C4; q, o, gate, up and down of layers 1, 12 and 28 at the eight sizes of an
-allocation). Not counted is q of layer 1, whose energies of whole searches are 1.1 to 2.1 times those
-of `prune`, and which differ by up to 17 %. With pattern n:8, six of them differ by 2.4 % on average
-at seven sizes, and by 19 % at most. With the largest and the smallest size alone, matrices of the
-MLP in a model of random weights differ by up to 28 %, and with three sizes by up to 5 %.
+allocation). Not counted is q of layer 1, whose energies of whole searches are 1.1 to 2.1 times
+those of `prune`, and which differ by up to 17 %. With pattern n:8, six of them differ by 2.4 % on
+average at seven sizes, and by 19 % at most. With the largest and the smallest size alone, matrices
+of the MLP in a model of random weights differ by up to 28 %, and with three sizes by up to 5 %.
 """
 
 from collections.abc import Callable, Sequence
