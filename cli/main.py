@@ -32,6 +32,7 @@ from lrc.cli.options import (
 from lrc.cli.pages import report as report_pages
 from lrc.cli.recipes import recipes_app
 from lrc.cli.sweep import sweep
+from lrc.compressors.io.gpu_allocator import use_expandable_segments
 from lrc.configs.errors import EvaluationIncomplete, GateMissed, LrcError, Stopped, UsageError
 from lrc.configs.export_types import SETTINGS
 
@@ -66,6 +67,7 @@ def _root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
+    use_expandable_segments()
     team.refuse_several(context.invoked_subcommand)
 
 

@@ -3,8 +3,11 @@
 The constants count tensors that exist at once in the code that they name, see `solver_memory`.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+import torch
 
 from lrc.compressors.calibrate.batch_size import ATTENTION, batch_tokens
 from lrc.compressors.calibrate.segments import VALUE_BYTES
@@ -21,7 +24,12 @@ from lrc.compressors.estimates.solver_memory import (
 )
 from lrc.compressors.estimates.workload import Workload
 from lrc.compressors.evaluate.agreement import PIECE_LOGITS
+from lrc.compressors.heal.adapter_kinds import ADAPTERS
 from lrc.compressors.io.background_writes import BYTES, DEVICE_TYPES, THREADS
+from lrc.compressors.layers import COMPONENTS
+from lrc.compressors.layers.assembled import LARGEST_SIDE
+from lrc.compressors.layers.masked_weight import MaskedWeight
+from lrc.compressors.methods.base import LOW_RANK_TYPES
 from lrc.compressors.planning.plan import TrainingRecord
 from lrc.compressors.solvers.quantized_matrix import NUMBERS
 from lrc.configs.size import MIB
@@ -45,6 +53,8 @@ OVERHEAD = {"cpu": 100 * MIB, "cuda": 600 * MIB}
 """Host memory that grows with the first calls of libraries: buffers, code and pages kept by the
 allocator. With CUDA also the kernels of cuBLAS, cuSOLVER and Triton, and pinned buffers for copies:
 520 to 880 MiB in runs of a model of 113 MB on an H200."""
+PLACE_BYTES = 4
+"""Of the place of a stored value, and of the value of an entry."""
 WORKSPACE = 32 * MIB
 """GPU memory that PyTorch gives cuBLAS for every stream that computes products, on a Hopper GPU;
 others get 8 MiB. It is kept to the end of the process."""
@@ -197,18 +207,36 @@ def _training(work: Workload, record: TrainingRecord) -> int:
     """Return the memory of a stage that trains the whole model, without activations.
 
     The dense model, the compressed one and, in float32 for each number that is trained, a gradient,
-    two averages and the best value; and the number itself if the models are in 16 bits.
+    two averages and the best value; and the number itself if the compressed model is in 16 bits.
+    Masked layers keep the places of their values, and small factors the matrices that they make.
     """
     if record.method == "block":
         return 0  # hidden states and one layer, as in calibration
     plan = work.plan
-    few = record.options.get("train", "scales") in ("scales", "norms")
+    few = record.options.get("train", "scales") in ("scales", "norms", *ADAPTERS)
     # Where masks change, all entries of a matrix are trained.
     moves = record.options.get("support") == "moving"
     trained = 0 if few else plan.dense_parameters if moves else plan.compressed_parameters
-    models = work.model_itemsize * (plan.dense_parameters + plan.compressed_parameters)
-    exact = work.model_itemsize < VALUE_BYTES
-    return models + VALUE_BYTES * (4 + exact) * trained
+    adapted = record.options.get("train") in ADAPTERS
+    exact = adapted or work.prepared.source.dtype != torch.bfloat16
+    itemsize = VALUE_BYTES if exact else work.model_itemsize
+    models = work.model_itemsize * plan.dense_parameters + itemsize * plan.compressed_parameters
+    numbers = models + VALUE_BYTES * (4 if itemsize == VALUE_BYTES else 5) * trained
+    return numbers + (0 if few else _kept_for_gradients(work, itemsize))
+
+
+def _kept_for_gradients(work: Workload, itemsize: int) -> int:
+    """Return the bytes of places of values, and on a GPU of matrices made of small factors."""
+    kept = 0
+    for config in work.plan.modules().values():
+        entries = math.prod(config.shape)
+        for each in config.components:
+            if issubclass(COMPONENTS[each.type], MaskedWeight):
+                values = COMPONENTS[each.type].tensors(*config.shape, each)["values"].shape
+                kept += PLACE_BYTES * (entries + math.prod(values))
+            elif each.type in LOW_RANK_TYPES and min(config.shape) <= LARGEST_SIDE:
+                kept += itemsize * entries * (work.kind == "cuda")
+    return kept
 
 
 def _evaluation(work: Workload, free: int) -> Need:

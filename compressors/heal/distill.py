@@ -24,7 +24,7 @@ from lrc.compressors.heal.gradient_step import GradientStep
 from lrc.compressors.heal.moving_support import MovingSupport
 from lrc.compressors.heal.nuclear_norm import NuclearNorm
 from lrc.compressors.heal.parameters import TrainedParameters
-from lrc.compressors.heal.recorded_attention import record_without_masks_
+from lrc.compressors.heal.recorded_attention import recorded_without_masks
 from lrc.compressors.heal.schedule import batch_rows
 from lrc.compressors.heal.trained_files import model_file, write_trained
 from lrc.compressors.heal.unpacked_factors import UnpackedFactor, unpack_factors_
@@ -81,9 +81,7 @@ def distill(work: HealWork, options: Distill | Scales) -> dict[str, Any]:
     teacher = models.load_dense(models.dtype).requires_grad_(False)
     if device.startswith("cuda"):
         for model in (student, teacher):
-            record_without_masks_(model)
-            if model.dtype == models.dtype:
-                fuse_norms_(model)
+            fuse_norms_(model)
     dense, compressed = (
         Predictor(
             model,
@@ -133,7 +131,7 @@ def distill(work: HealWork, options: Distill | Scales) -> dict[str, Any]:
 
     parameters = [*trained.parameters.values()]
     add = GradientStep(add_to_trained, parameters, torch.device(device), pool)
-    with deterministic(device):
+    with deterministic(device), recorded_without_masks():
         if not snapshots.resume():
             descent.judge(judged(held_out_losses()))
         while descent.done < descent.steps:

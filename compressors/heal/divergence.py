@@ -108,7 +108,7 @@ class Predictor:
         self._head = model.get_output_embeddings() if split else None
 
     def precision(self) -> AbstractContextManager[object]:
-        """Return the context to compute in: 16-bit products of float32 weights on a GPU.
+        """Return the context to compute in: 16-bit products on a GPU.
 
         Where gradients are computed, float16 is replaced by bfloat16: the gradient of a logit is a
         difference of probabilities, most of which are zero in float16.

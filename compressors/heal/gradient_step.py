@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrc.compressors.heal.repeatable import RepeatableGradients
+from lrc.compressors.heal.repeatable import Gradients, RepeatableGradients
 from lrc.compressors.solvers.cuda_graphs import record_if_possible
 
 
@@ -42,7 +42,6 @@ class GradientStep:
         pool: Any = None,
     ) -> None:
         self._add, self._parameters, self._device = add, parameters, device
-        self._repeatable = RepeatableGradients(parameters, device)
         self._steps: dict[Hashable, tuple[list[Tensor], Callable[[], object]]] = {}
         self._recordable = device.type == "cuda"
         self._pool = pool
@@ -66,15 +65,12 @@ class GradientStep:
     def _prepared(self, batch: Sequence[Tensor]) -> tuple[list[Tensor], Callable[[], object]]:
         """Return places for a batch, and what adds its gradients; record it without effect."""
         places = [tensor.to(self._device, copy=True) for tensor in batch]
-        add = partial(self._repeatable, partial(self._add, *places))
+        repeatable = RepeatableGradients(self._parameters, self._device)
+        add = partial(repeatable, partial(self._add, *places))
         if not self._recordable:
             return places, add
-        gradients = [parameter.grad for parameter in self._parameters]
-        before = [gradient.clone() for gradient in gradients if gradient is not None]
+        before = Gradients(self._parameters)
         repeat = record_if_possible(add, self._device, self._pool)
         self._recordable = repeat is not add
-        for parameter, gradient, value in zip(self._parameters, gradients, before, strict=True):
-            assert gradient is not None
-            parameter.grad = gradient
-            gradient.copy_(value)
+        before.restore_()
         return places, repeat

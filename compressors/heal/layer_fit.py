@@ -164,7 +164,7 @@ class LayerFit:
             for part, dense in zip(rows.split(together), mixed.split(together), strict=True):
                 # The size of the first error makes gradients independent of the layer's scale.
                 size = first * len(rows) / len(part)
-                repeatable(partial(self._add_gradients, part, dense, size))
+                repeatable(partial(self._add_gradients, trained, part, dense, size))
             descent.update_()
             if descent.is_judged:
                 descent.judge(self.held_out_error(trained))
@@ -184,8 +184,12 @@ class LayerFit:
                 error, whole = error + float(parts[0]), whole + float(parts[1])
         return error / whole if whole else 0.0
 
-    def _add_gradients(self, rows: Tensor, from_dense: Tensor, size: float) -> None:
+    def _add_gradients(
+        self, trained: TrainedParameters, rows: Tensor, from_dense: Tensor, size: float
+    ) -> None:
+        trained.clear_copies_()
         (self._error(rows, from_dense) / size).backward()
+        trained.collect_gradients_()
 
     def _error(self, rows: Tensor, from_dense: Tensor) -> Tensor:
         """Return the relative error on windows, of which some have inputs of the dense model."""

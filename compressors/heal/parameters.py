@@ -170,7 +170,7 @@ class TrainedParameters:
         """Replace the values."""
         for name, parameter in self.parameters.items():
             parameter.copy_(values[name])
-        self._take_over_()
+        self._update_model_()
 
     def clear_copies_(self) -> None:
         """Remove the gradients of copies, before those of a batch are calculated."""
@@ -208,9 +208,9 @@ class TrainedParameters:
         for name, (smallest, sign) in self._limits.items():
             parameter = self.parameters[name]
             parameter.copy_(torch.maximum(parameter * sign, smallest) * sign)
-        self._take_over_()
+        self._update_model_()
 
-    def _take_over_(self) -> None:
+    def _update_model_(self) -> None:
         """Let the model compute with the present values."""
         for form in self._forms.values():
             form.select_()

@@ -6,25 +6,28 @@ graph is recorded, transformers cannot read the values that show that a mask is 
 makes one.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from lrc.compressors.solvers.cuda_graphs import is_recording
 
-NAME = "lrc_recorded_sdpa"
-PLAIN = "sdpa"
+NAME = "sdpa"
+"""The implementation that is replaced, under its own name: some models ask for that."""
 
 
-def record_without_masks_(model: PreTrainedModel) -> None:
-    """Let recordings of a model omit the masks that the same call has omitted before."""
-    if model.config._attn_implementation == PLAIN:
-        AttentionInterface.register(NAME, _attention)
-        AttentionMaskInterface.register(NAME, sdpa_mask)
-        model.set_attn_implementation(NAME)
+@contextmanager
+def recorded_without_masks() -> Iterator[None]:
+    """Let recordings in the context omit the masks that the same call has omitted before."""
+    AttentionInterface.register(NAME, _attention)
+    try:
+        yield
+    finally:
+        AttentionInterface.register(NAME, sdpa_attention_forward)
 
 
 def _attention(

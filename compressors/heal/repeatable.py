@@ -8,16 +8,41 @@ experts; for these, torch does what it can.
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lrc.compressors.models.configuration import first_line
+from lrc.compressors.solvers.cuda_graphs import is_recording
 
 log = logging.getLogger(__name__)
 
 REFUSED = "deterministic"
 """A word of the errors of torch about operations without a fixed order."""
+
+
+class Gradients:
+    """The gradients of parameters at the time when this is made, to return to.
+
+    Zeros, which they usually are, take no memory.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self._parameters, self._tensors = parameters, [each.grad for each in parameters]
+        found = [each for each in self._tensors if each is not None]
+        norms = torch.stack([norm.float() for norm in torch._foreach_norm(found)])
+        self._values = [each.clone() for each in found] if bool((norms != 0).any()) else None
+
+    def restore_(self) -> None:
+        """Give the parameters the same tensors with the same values."""
+        for parameter, tensor in zip(self._parameters, self._tensors, strict=True):
+            parameter.grad = tensor
+        found: Any = [each for each in self._tensors if each is not None]
+        if self._values is None:
+            torch._foreach_zero_(found)
+        else:
+            torch._foreach_copy_(found, self._values)
 
 
 class RepeatableGradients:
@@ -33,27 +58,25 @@ class RepeatableGradients:
 
     def __init__(self, parameters: Sequence[Tensor], device: torch.device) -> None:
         self._parameters = parameters
-        self._strict: bool | None = None if device.type == "cuda" else False
-        """Whether all operations have a fixed order; None as long as that is not known."""
+        self._strict = device.type == "cuda"
+        """Whether no operation was refused so far."""
 
     def __call__(self, add: Callable[[], object]) -> None:
         """Call `add`, which adds to the gradients; a second time if torch refuses an operation."""
-        if self._strict is False:
+        if not self._strict:
             add()
             return
-        gradients = [each.grad for each in self._parameters if each.grad is not None]
-        before = [] if self._strict else [gradient.clone() for gradient in gradients]
+        # While a CUDA graph is recorded, values cannot be read; the same operations ran before.
+        before = None if is_recording() else Gradients(self._parameters)
         try:
             with _strict():
                 add()
-            self._strict = True
         except RuntimeError as error:
-            if self._strict or REFUSED not in str(error):
+            if before is None or REFUSED not in str(error):
                 raise
             log.info("the order of additions is not fixed: %s", first_line(error))
             self._strict = False
-            for gradient, value in zip(gradients, before, strict=True):
-                gradient.copy_(value)
+            before.restore_()
             add()
 
 

@@ -1,4 +1,4 @@
-"""The stored tensors of a compressed model, and modules that hold them in float32."""
+"""The stored tensors of a compressed model, and modules that hold them to be trained."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -68,7 +68,7 @@ class StoredModel:
 
     @torch.no_grad()
     def compress_(self, model: Any) -> None:
-        """Turn a loaded model in float32 into the compressed one, with gradients switched off."""
+        """Turn a loaded model into the compressed one in its dtype, with gradients switched off."""
         replace_layers(model, self.modules)
         for name in self.modules:
             self.fill_(name, model.get_submodule(name))

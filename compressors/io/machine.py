@@ -1,12 +1,11 @@
 """The machine a run executes on: device, progress callback, memory and time of the stages."""
 
 import gc
-import os
 import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import psutil
@@ -16,6 +15,7 @@ from torch import Tensor
 from lrc.compressors.distributed.processes import ALONE, Processes
 from lrc.compressors.io.disk_use import DiskUse
 from lrc.compressors.io.freed_memory import trim
+from lrc.compressors.io.gpu_allocator import use_expandable_segments
 from lrc.compressors.io.journal import Journal
 from lrc.configs.errors import Problem, RecipeError
 
@@ -27,9 +27,6 @@ stop. Must not print to stdout, which is redirected while an lm-eval task runs."
 
 PINNED_BYTES = 2**25
 """Bytes that are copied to a GPU at once."""
-
-ALLOCATOR_SETTINGS = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
-"""Environment variables that torch reads."""
 
 
 def no_progress(stage: str, done: int, total: int) -> None:
@@ -62,8 +59,6 @@ class Machine:
 
     def __post_init__(self) -> None:
         """Raise `RecipeError` if the device does not exist here."""
-        if self.device != "cpu":
-            use_expandable_segments()
         if self.device in ("auto", "cpu"):
             return
         found = re.fullmatch(r"cuda(?::(0|[1-9][0-9]{0,3}))?", self.device)
@@ -87,19 +82,12 @@ class Machine:
     @contextmanager
     def current(self) -> Iterator[None]:
         """Make the device torch's current one, which Triton kernels and libraries work on."""
-        with torch.cuda.device(self.chosen) if self.chosen.startswith("cuda") else nullcontext():
+        if not self.chosen.startswith("cuda"):
             yield
-
-
-def use_expandable_segments() -> None:
-    """Let torch join freed pieces of GPU memory, unless the user has set its allocator.
-
-    Stages need a few large tensors of different sizes. In fixed segments, a search that needs 9 GiB
-    can fail with 12, of which a third is free in pieces. This must precede the first tensor on a
-    GPU.
-    """
-    if sys.platform == "linux" and not os.environ.keys() & ALLOCATOR_SETTINGS:
-        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+            return
+        use_expandable_segments()
+        with torch.cuda.device(self.chosen):
+            yield
 
 
 class Clock:

@@ -2,7 +2,8 @@
 
 The products with factors need fewer operations, but write and read their intermediate results for
 every token, and ranks that are no multiples of eight exclude the fastest matrix products. With
-small matrices that costs more than the operations that it saves.
+small matrices that costs more than the operations that it saves. The whole matrix is kept for the
+gradients.
 """
 
 import torch
@@ -12,8 +13,8 @@ from lrc.compressors.kernels import needs_gradients
 from lrc.compressors.layers.component import is_plain
 
 LARGEST_SIDE = 2048
-"""Of the smaller side of a matrix that is assembled: with more columns, the operations of products
-take longer than reading and writing what they compute."""
+"""Of the smaller side of a matrix that is assembled. Larger ones are multiplied by their factors:
+there, the operations that these save take longer than reading and writing what is computed."""
 
 
 def is_assembled(x: Tensor, first: nn.Module, second: nn.Module, shape: tuple[int, int]) -> bool:

@@ -49,6 +49,15 @@ class MaskedWeight(FastPath, Component):
             layout, columns, packed, mask, scale, n=n, bits=args.bits, group=group, **places
         )
 
+    def restore(self) -> None:
+        """Return to the plain product; places are found anew."""
+        self._places = None
+        super().restore()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy and pickle the stored tensors."""
+        return {**super().__getstate__(), "_places": None}
+
     def at_places(self, values: Tensor, columns: int, size: int = 1) -> Tensor:
         """Return values where the mask is set, and zeros elsewhere.
 

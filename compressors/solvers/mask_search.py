@@ -121,10 +121,12 @@ class MaskSearch:
         W, unit = (M[..., rows, :].clone() for M in (self.W, self.unit))
         part = self.metric.of_rows(rows).G
         G = None if part is None else part.clone()
-        inverse = Metric(None, None if G is None else G.double()).inverse(SEARCH_DAMP, W.dtype)[0].G
-        metric, inverted = Metric(self.metric.H, G), Metric(self.inverse.H, inverse).laid_out()
-        a, b = inverted.diagonals(W)
-        return MaskSearch(W, unit, metric, inverted, a * b, self.pattern, self.fallback)
+        outputs = Metric(None, None if G is None else G.double())
+        inverse, note = outputs.inverse(SEARCH_DAMP, W.dtype)
+        metric, inverse = Metric(self.metric.H, G), Metric(self.inverse.H, inverse.G).laid_out()
+        a, b = inverse.diagonals(W)
+        fallback = "; ".join(dict.fromkeys(filter(None, [self.fallback, note]))) or None
+        return MaskSearch(W, unit, metric, inverse, a * b, self.pattern, fallback)
 
     def unscaled(self, error: Tensor) -> Tensor:
         """Convert an error to the units of the weight, in float64."""

@@ -30,6 +30,7 @@ from shape_models import PRESETS, SIZES, RandomModel, write_text
 from stage_costs import GIB, StageCosts, exponents, smaller_gpu
 
 from lrc.cli import console
+from lrc.compressors.io.gpu_allocator import use_expandable_segments
 from lrc.compressors.io.machine import Machine, release_memory
 from lrc.compressors.pipeline import compress
 from lrc.compressors.slicing import METHODS as SLICERS
@@ -76,6 +77,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     model = args.model or str(folder / "model")
     loaded = recipe_of(args, model, folder)
     device = Machine(args.device).chosen
+    use_expandable_segments()
     sizes, source, depth = None, nullcontext(), args.depth
     start = time.monotonic()
     if not args.model:

@@ -70,7 +70,8 @@ def test_a_mask_search_takes_the_estimated_memory(
     part = Pruning(frozenset({"inputs", "gradients"}), "")
     weights = [torch.randn(shape).bfloat16() for _ in range(max(count, 1))]
     known = [Statistics(100, moment(d_in), moment(d_out)) for _ in weights]
-    sizes = [{"nonzeros": d_out * d_in * n // 4} for n in ((3, 2, 1) if sampled else (2,))]
+    sizes = [{"nonzeros": d_out * d_in * n // 8} for n in ((7, 6, 4, 2) if sampled else (4,))]
+    assert bool(sampled_curves.sampled_rows(*shape, len(sizes))) == sampled
     options = {"damp": 1e-4, "gradient_damp": 1e-2}
     if count:
         found = live_bytes(lambda: part.squared_errors_of(weights, known, sizes, **options))

@@ -27,5 +27,7 @@ def test_norms_that_agree_are_fused_and_give_the_same_results_and_gradients() ->
 
 def test_other_norms_are_left_alone() -> None:
     norm = GemmaRMSNorm(32)  # multiplies by one plus the weight
-    assert fuse_norms_(nn.Sequential(norm, nn.LayerNorm(32))) == 0
+    assert fuse_norms_(nn.Sequential(norm, nn.LayerNorm(32)).bfloat16()) == 0
+    assert fuse_norms_(nn.Sequential(nn.Linear(2, 2).bfloat16(), LlamaRMSNorm(32))) == 0
+    assert fuse_norms_(LlamaRMSNorm(32)) == 0  # its precision would not change
     assert "forward" not in vars(norm)

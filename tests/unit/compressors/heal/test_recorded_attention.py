@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lrc.compressors.heal import recorded_attention
-from lrc.compressors.heal.recorded_attention import record_without_masks_
+from lrc.compressors.heal.recorded_attention import recorded_without_masks
 
 
 def test_masks_are_left_out_of_recordings_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,14 +24,18 @@ def test_masks_are_left_out_of_recordings_only(monkeypatch: pytest.MonkeyPatch) 
     wrong = torch.eye(6, dtype=torch.bool).expand(2, 1, 6, 6)  # every token sees itself alone
     with torch.no_grad():
         expected, masked = (model(ids, attention_mask=mask).logits for mask in (None, wrong))
-        record_without_masks_(model)
-        assert torch.equal(model(ids).logits, expected)
-        assert attention.unmasked_lengths == (6, 6)
+        with recorded_without_masks():
+            assert torch.equal(model(ids).logits, expected)
+            assert attention.unmasked_lengths == (6, 6)
+            monkeypatch.setattr(recorded_attention, "is_recording", lambda: True)
+            assert torch.equal(model(ids, attention_mask=wrong).logits, expected)
+            shorter = model(ids[:, :4], attention_mask=wrong[:, :, :4, :4]).logits
+            monkeypatch.setattr(recorded_attention, "is_recording", lambda: False)
+            assert torch.equal(model(ids, attention_mask=wrong).logits, masked)
+            few = model(ids[:, :4], attention_mask=wrong[:, :, :4, :4]).logits
+            assert torch.equal(shorter, few)
+        assert attention.unmasked_lengths is None
         monkeypatch.setattr(recorded_attention, "is_recording", lambda: True)
-        assert torch.equal(model(ids, attention_mask=wrong).logits, expected)
-        shorter = model(ids[:, :4], attention_mask=wrong[:, :, :4, :4]).logits
-        monkeypatch.setattr(recorded_attention, "is_recording", lambda: False)
-        assert torch.equal(model(ids, attention_mask=wrong).logits, masked)
-        assert torch.equal(shorter, model(ids[:, :4], attention_mask=wrong[:, :, :4, :4]).logits)
-    assert attention.unmasked_lengths is None
+        attention.unmasked_lengths = 6, 6
+        assert torch.equal(model(ids, attention_mask=wrong).logits, masked)  # outside of it
     assert not torch.equal(masked, expected)

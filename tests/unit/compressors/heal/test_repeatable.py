@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lrc.compressors.heal.repeatable import RepeatableGradients
+from lrc.compressors.heal.repeatable import Gradients, RepeatableGradients
 
 ERROR = "cumsum does not have a deterministic implementation, but you set ..."
 
@@ -34,10 +34,24 @@ def test_an_operation_that_is_refused_adds_its_gradients_once() -> None:
         if torch.are_deterministic_algorithms_enabled():
             raise RuntimeError(ERROR)
 
+    gradients(lambda: None)  # an operation may be refused later, too
     gradients(add)
     gradients(add)
     assert one.grad is not None
     assert one.grad.tolist() == [7.0] * 3
+
+
+@pytest.mark.parametrize("value", [0.0, 3.0])
+def test_gradients_are_restored_in_place(value: float) -> None:
+    one = parameter()
+    assert one.grad is not None
+    place = one.grad.fill_(value)
+    before = Gradients([one])
+    one.grad = torch.ones(3)
+    place.add_(1)
+    before.restore_()
+    assert one.grad is place
+    assert place.tolist() == [value] * 3
 
 
 def test_other_errors_are_raised() -> None:

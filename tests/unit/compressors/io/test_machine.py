@@ -13,8 +13,9 @@ import torch
 from lrc.cli import evaluate, generate, whole_models
 from lrc.compressors import pipeline
 from lrc.compressors.io import machine
+from lrc.compressors.io.gpu_allocator import ALLOCATOR_SETTINGS, use_expandable_segments
 from lrc.compressors.io.journal import Journal
-from lrc.compressors.io.machine import ALLOCATOR_SETTINGS, Machine
+from lrc.compressors.io.machine import Machine
 from lrc.compressors.pipeline import compress
 from lrc.configs.errors import RecipeError
 from lrc.configs.load import load_recipe
@@ -205,11 +206,11 @@ def test_the_allocator_of_a_gpu_is_set_unless_the_user_does(
 ) -> None:
     settings: dict[str, str] = {}
     monkeypatch.setattr(os, "environ", settings)
-    Machine("cpu")
-    assert settings == {}
-    Machine("auto")
+    with Machine("cpu").current():
+        assert settings == {}
+    use_expandable_segments()
     assert settings == {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
     settings.clear()
     settings[name] = "backend:native"
-    Machine("auto")
+    use_expandable_segments()
     assert settings == {name: "backend:native"}
