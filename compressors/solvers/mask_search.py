@@ -8,7 +8,7 @@ equally many entries. On a GPU that takes less time than one after the other if 
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 import torch
@@ -94,6 +94,8 @@ class MaskSearch:
     """[..., d_out, d_in], diagonal of the inverse metric: 1 for an entry without correlations,
     larger if others can compensate for it."""
     pattern: Pattern
+    large: bool
+    """Whether products are in TF32 on a GPU."""
     fallback: str | None
 
     @classmethod
@@ -112,10 +114,14 @@ class MaskSearch:
         W = (W * unit).to(single)
         a, b = inverse.diagonals(W)
         metric, inverse = scaled.to(single).laid_out(), inverse.laid_out()
-        return cls(W, unit, metric, inverse, a * b, pattern, fallback)
+        large = W.shape[-2] * W.shape[-1] >= TF32_FROM
+        return cls(W, unit, metric, inverse, a * b, pattern, large, fallback)
 
     def of_rows(self, rows: slice) -> "MaskSearch":
-        """Return the problem of some rows alone, which shares the matrices of the inputs."""
+        """Return the problem of some rows alone, in the same precision.
+
+        It shares the matrices of the inputs.
+        """
         # Copies, which do not keep the matrices of all rows in memory. G is inverted from float32,
         # the rounding errors of which are smaller than the damping.
         W, unit = (M[..., rows, :].clone() for M in (self.W, self.unit))
@@ -126,7 +132,8 @@ class MaskSearch:
         metric, inverse = Metric(self.metric.H, G), Metric(self.inverse.H, inverse.G).laid_out()
         a, b = inverse.diagonals(W)
         fallback = "; ".join(dict.fromkeys(filter(None, [self.fallback, note]))) or None
-        return MaskSearch(W, unit, metric, inverse, a * b, self.pattern, fallback)
+        changed = replace(self, W=W, unit=unit, metric=metric, inverse=inverse, slack=a * b)
+        return replace(changed, fallback=fallback)
 
     def unscaled(self, error: Tensor) -> Tensor:
         """Convert an error to the units of the weight, in float64."""
@@ -177,8 +184,7 @@ class MaskSearch:
 
     def _products(self) -> AbstractContextManager[None]:
         """Return the context of products with the metric and its inverse."""
-        d_out, d_in = self.W.shape[-2:]
-        return tensor_cores(self.W.device) if d_out * d_in >= TF32_FROM else nullcontext()
+        return tensor_cores(self.W.device) if self.large else nullcontext()
 
     def _reselected(self, state: MaskState, nonzeros: int, fraction: float) -> Tensor:
         swaps = min(nonzeros, ceil(fraction * (self._numbers - nonzeros)))
