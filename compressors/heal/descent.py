@@ -125,16 +125,15 @@ class Descent:
     def _move_(self) -> None:
         """Move all parameters along their gradients."""
         found: Any = [parameter.grad for parameter in self._parameters]
-        with tensor_cores(self._factors.device):
+        rate, *corrections = self._factors
+        with tensor_cores(self._factors.device):  # for the products of coordinates
             gradients = [
                 gradient if coordinates is None else coordinates.of_gradient(gradient)
                 for gradient, coordinates in zip(found, self._coordinates, strict=True)
             ]
-        rate, *corrections = self._factors
-        updates = self._adam(gradients, *corrections)
-        torch._foreach_mul_(updates, self._sizes)
-        torch._foreach_mul_(updates, rate)
-        with tensor_cores(self._factors.device):
+            updates = self._adam(gradients, *corrections)
+            torch._foreach_mul_(updates, self._sizes)
+            torch._foreach_mul_(updates, rate)
             changes = [
                 update if coordinates is None else coordinates.of_parameter(update)
                 for update, coordinates in zip(updates, self._coordinates, strict=True)

@@ -24,8 +24,8 @@ def gradient(
 ) -> Tensor:
     """Return the gradient [n, vocabulary] in the dtype of `compressed`.
 
-    The logits are read two or three times and nothing but the result is written. Parameters are
-    those of `logit_gradient`; rows of logits are contiguous.
+    It reads the logits two or three times, and writes the result only. Rows of logits must be
+    contiguous. The parameters are those of `logit_divergence.fused_gradient`.
     """
     n, n_words = compressed.shape
     found = compressed.new_empty(n, n_words)

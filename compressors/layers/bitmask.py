@@ -31,10 +31,14 @@ def unpack_bits(packed: Tensor, n: int) -> Tensor:
     return bits.flatten(1)[:, :n].bool()
 
 
-def scatter_values(values: Tensor, packed: Tensor, n: int) -> Tensor:
-    """Place `values`, in order, row by row where the mask [rows, n] is set; zeros elsewhere."""
+def scatter_values(values: Tensor, packed: Tensor, n: int, size: int = 1) -> Tensor:
+    """Place `values`, in order, row by row where the mask [rows, n] is set; zeros elsewhere.
+
+    With a `size`, every bit stands for so many numbers. Returns [rows, n * size].
+    """
     mask = unpack_bits(packed, n)
-    return values.new_zeros(mask.shape).masked_scatter(mask, values)
+    whole = values.new_zeros(*mask.shape, size)
+    return whole.masked_scatter(mask[:, :, None], values).flatten(1)
 
 
 def mask_problems(

@@ -1,7 +1,6 @@
 """Components that store values and a mask of their places, and multiply by them without zeros."""
 
 from abc import abstractmethod
-from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from lrc.compressors.kernels import FastPath, Need, needs_gradients, run_or_restore, select
 from lrc.compressors.kernels.masked import EIGHT_OF, Masked, prepare
-from lrc.compressors.layers.bitmask import unpack_bits
+from lrc.compressors.layers.bitmask import scatter_values, unpack_bits
 from lrc.compressors.layers.component import Component
 from lrc.compressors.layers.placed_values import Places, placed, places_of
 from lrc.compressors.layers.quantization_args import VALUES_GROUP
@@ -75,14 +74,12 @@ class MaskedWeight(FastPath, Component):
         Tensor, shape [rows, columns * size]
         """
         stored = self.get_buffer("mask")
-        mask = partial(unpack_bits, stored, columns)
         if needs_gradients(values) and not torch.compiler.is_compiling():
             known, version = self._places, 0 if stored.is_inference() else stored._version
             if known is None or known[0] is not stored or known[1] != version:
-                known = self._places = stored, version, places_of(mask())
+                known = self._places = stored, version, places_of(unpack_bits(stored, columns))
             return placed(values, known[2])
-        whole = values.new_zeros(len(stored), columns, size)
-        return whole.masked_scatter(mask()[:, :, None], values).flatten(1)
+        return scatter_values(values, stored, columns, size)
 
     def fast_arguments(self) -> tuple[Tensor, tuple[Any, ...]]:
         """Return values or scales, and the arguments of the entry in use besides the input."""

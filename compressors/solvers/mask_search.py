@@ -132,8 +132,15 @@ class MaskSearch:
         metric, inverse = Metric(self.metric.H, G), Metric(self.inverse.H, inverse.G).laid_out()
         a, b = inverse.diagonals(W)
         fallback = "; ".join(dict.fromkeys(filter(None, [self.fallback, note]))) or None
-        changed = replace(self, W=W, unit=unit, metric=metric, inverse=inverse, slack=a * b)
-        return replace(changed, fallback=fallback)
+        return replace(
+            self,
+            W=W,
+            unit=unit,
+            metric=metric,
+            inverse=inverse,
+            slack=a * b,
+            fallback=fallback,
+        )
 
     def unscaled(self, error: Tensor) -> Tensor:
         """Convert an error to the units of the weight, in float64."""

@@ -9,18 +9,19 @@ from lrc.compressors.heal.divergence import NO_LABEL, Kind, logit_gradient
 from lrc.compressors.kernels.logit_divergence import fused_gradient
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if not (INTERPRETED or torch.cuda.is_available()):
-    pytest.skip("needs a CUDA device or TRITON_INTERPRET=1", allow_module_level=True)
-
-from lrc.compressors.kernels import divergence_triton  # noqa: E402
-
 DEVICE = "cpu" if INTERPRETED else "cuda"
 
 
+@pytest.mark.skipif(
+    not (INTERPRETED or torch.cuda.is_available()),
+    reason="needs a CUDA device or TRITON_INTERPRET=1",
+)
 @pytest.mark.parametrize("kind", ["forward", "reverse", "both"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("n_words", [7, 4096, 5000])
 def test_the_kernel_agrees_with_the_formula(kind: Kind, dtype: torch.dtype, n_words: int) -> None:
+    from lrc.compressors.kernels import divergence_triton
+
     g = torch.Generator().manual_seed(n_words)
     dense, own = ((5 * torch.randn(3, n_words, generator=g)).to(DEVICE, dtype) for _ in range(2))
     labels = torch.tensor([0, NO_LABEL, n_words - 1], device=DEVICE)
