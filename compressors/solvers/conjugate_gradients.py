@@ -51,9 +51,9 @@ def conjugate_gradients(
         curvature = inner(direction, image)
         live = (size > floor) & (curvature > 0)
         step = torch.where(live, size / curvature, 0)
-        x = x + step * direction
-        residual = residual - step * image
+        x = torch.addcmul(x, step, direction)
+        residual = torch.addcmul(residual, step, image, value=-1)
         z = precondition(residual)
         before, size = size, inner(residual, z)
-        direction = z + torch.where(live, size / before, 0) * direction
+        direction = torch.addcmul(z, torch.where(live, size / before, 0), direction)
     return x, residual

@@ -7,14 +7,13 @@ Several weights of equal shape can be searched together, as stacks [n, d_out, d_
 equally many entries. On a GPU that takes less time than one after the other if they are small.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from math import ceil
 
 import torch
 from torch import Tensor
 
-from lrc.compressors.solvers.linalg import tensor_cores
+from lrc.compressors.solvers.half_precision import HalfPrecisionMetric
 from lrc.compressors.solvers.masked_least_squares import compensated_error, masked_least_squares
 from lrc.compressors.solvers.masks import (
     GROUP_SIZES,
@@ -41,10 +40,11 @@ STEPS, OUTER_STEPS = 6, 12
 # matrices of layer 1 of SmolLM2-135M with 0.4 to 0.8 of the entries, 24 steps leave 18 % (q), 13 %
 # (o), 10 % (k), 7 % (gate), 4 % (v) and 0 % (down) less error than 6; on other text nearly as much.
 STEPS_IN_METRIC, CURVE_STEPS_IN_METRIC = 24, 6
-# Numbers of a weight from which products are in TF32, on a GPU. Smaller ones are limited by the
-# launches of kernels. With operands of 11 bits, the energies of matrices of 1536 x 576 change by
-# 0.01 %, those of 192 x 576 by up to 1.5 % in either direction (SmolLM2-135M, layer 1, kfac).
-TF32_FROM = 2**22
+# Numbers of a weight from which products are in half precision, on a GPU. Smaller ones are limited
+# by the launches of kernels. In half precision, the energies of six matrices of SmolLM2-135M (kfac)
+# change by at most 0.2 %, or get lower by up to 1.4 %; those of q in layer 1, whose search is the
+# most unstable, change by 3 % in either direction.
+HALF_FROM = 2**22
 # Lower bound for the energy of a channel, as a fraction of the mean.
 DEAD = 1e-12
 
@@ -89,13 +89,14 @@ class MaskSearch:
     unit: Tensor
     """[..., d_out, d_in], factor by which an error is scaled."""
     metric: Metric
+    rounded: Metric
+    """The metric for products; in half precision if the weight is large, on a GPU."""
     inverse: Metric
+    """The inverse for products, like `rounded`."""
     slack: Tensor
     """[..., d_out, d_in], diagonal of the inverse metric: 1 for an entry without correlations,
     larger if others can compensate for it."""
     pattern: Pattern
-    large: bool
-    """Whether products are in TF32 on a GPU."""
     fallback: str | None
 
     @classmethod
@@ -113,9 +114,10 @@ class MaskSearch:
         unit = unit / torch.where(size > 0, size, 1)
         W = (W * unit).to(single)
         a, b = inverse.diagonals(W)
-        metric, inverse = scaled.to(single).laid_out(), inverse.laid_out()
-        large = W.shape[-2] * W.shape[-1] >= TF32_FROM
-        return cls(W, unit, metric, inverse, a * b, pattern, large, fallback)
+        metric = scaled.to(single)
+        half = W.is_cuda and W.shape[-2] * W.shape[-1] >= HALF_FROM
+        rounded, inverse = (_for_products(each, half=half) for each in (metric, inverse))
+        return cls(W, unit, metric, rounded, inverse, a * b, pattern, fallback)
 
     def of_rows(self, rows: slice) -> "MaskSearch":
         """Return the problem of some rows alone, in the same precision.
@@ -128,16 +130,18 @@ class MaskSearch:
         part = self.metric.of_rows(rows).G
         G = None if part is None else part.clone()
         outputs = Metric(None, None if G is None else G.double())
-        inverse, note = outputs.inverse(SEARCH_DAMP, W.dtype)
-        metric, inverse = Metric(self.metric.H, G), Metric(self.inverse.H, inverse.G).laid_out()
+        left, note = outputs.inverse(SEARCH_DAMP, W.dtype)
+        half = isinstance(self.rounded, HalfPrecisionMetric)
+        inverse = Metric(self.inverse.H, left.G)
         a, b = inverse.diagonals(W)
         fallback = "; ".join(dict.fromkeys(filter(None, [self.fallback, note]))) or None
         return replace(
             self,
             W=W,
             unit=unit,
-            metric=metric,
-            inverse=inverse,
+            metric=Metric(self.metric.H, G),
+            rounded=_for_products(Metric(self.rounded.H, G), half=half),
+            inverse=_for_products(inverse, half=half),
             slack=a * b,
             fallback=fallback,
         )
@@ -178,20 +182,13 @@ class MaskSearch:
         """Return the error [..., d_out, d_in] after further steps in the undamped metric."""
         E = state.error
         zero = torch.zeros_like(E)
-        with self._products():
-            x = masked_least_squares(E, self.metric, state.mask, zero, steps=steps)
-        return E - x
+        return E - masked_least_squares(E, self.rounded, state.mask, zero, steps=steps)
 
     def _fitted(self, mask: Tensor, count: int, start: MaskState, steps: int) -> MaskState:
-        with self._products():
-            multipliers, error = compensated_error(
-                self.W, self.inverse, mask, start.multipliers, steps=steps
-            )
-            return MaskState(mask, count, multipliers, error, self.metric.energy(error))
-
-    def _products(self) -> AbstractContextManager[None]:
-        """Return the context of products with the metric and its inverse."""
-        return tensor_cores(self.W.device) if self.large else nullcontext()
+        multipliers, error = compensated_error(
+            self.W, self.inverse, mask, start.multipliers, steps=steps
+        )
+        return MaskState(mask, count, multipliers, error, self.rounded.energy(error))
 
     def _reselected(self, state: MaskState, nonzeros: int, fraction: float) -> Tensor:
         swaps = min(nonzeros, ceil(fraction * (self._numbers - nonzeros)))
@@ -211,3 +208,9 @@ class MaskSearch:
     def _numbers(self) -> int:
         """Numbers of a weight."""
         return self.W.shape[-2] * self.W.shape[-1]
+
+
+def _for_products(metric: Metric, *, half: bool) -> Metric:
+    """Return a metric in the precision and with the strides in which products are computed."""
+    laid_out = metric.laid_out()
+    return HalfPrecisionMetric.of(laid_out) if half else laid_out

@@ -89,8 +89,8 @@ def prune(
     an entry costs ``x^2 / v`` and restoring one gains ``l^2 v``, with ``v = [H^-1]_jj [G^-1]_ii``;
     these decide on swaps. On power-law spectra with a few large channels, the swaps reduce the
     error of the first mask with exact least squares by at least 22 % if 20 % of the bytes are
-    saved, and by 28 % at 40 %. The search is in float32 on scaled errors, with products in TF32 on
-    a GPU if the weight is large; energies are in float64.
+    saved, and by 28 % at 40 %. The search is in float32 on scaled errors, with products in
+    float16 on a GPU if the weight is large; energies are in float64.
     """
     _check(W, nonzeros, pattern, saliency)
     W = W.double()

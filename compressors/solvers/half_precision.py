@@ -1,0 +1,63 @@
+"""The metric of a search with products of 16-bit numbers, which a GPU computes fastest."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lrc.compressors.solvers.metric import Metric
+
+LARGEST = 2.0**15
+"""Magnitude to which the largest number of an error is scaled before it is rounded; float16 ends at
+65,504. Numbers a billion times as small are rounded with the same relative precision."""
+
+
+@dataclass(frozen=True)
+class HalfPrecisionMetric(Metric):
+    """A metric in float16, for errors in float32; sums are in float32.
+
+    float16 has the same 11 bits as TF32 at twice its speed: ``G @ E @ H`` of an error [14336, 4096]
+    takes about 3 instead of 5.6 ms (H200). Its range is small, so that errors are scaled. Metrics
+    are not: with unit diagonals, or the inverses of such metrics with a damping of 1e-4, their
+    numbers are at most 1e4.
+    """
+
+    @classmethod
+    def of(cls, metric: Metric) -> "HalfPrecisionMetric":
+        """Round the matrices of a metric; a G that is a diagonal is kept as it is."""
+        H, G = metric.H, metric.G
+        H = None if H is None else H.half()
+        return cls(H, G if G is None or G.ndim == 1 else G.half())
+
+    def __call__(self, E: Tensor) -> Tensor:
+        """Return ``G @ E @ H`` in float32."""
+        if self.H is not None:
+            rounded, scale = _rounded(E)
+            E = _product(rounded, self.H).mul_(scale)
+        if self.G is None:
+            return E
+        if self.G.ndim == 1:
+            return self.G[:, None] * E
+        rounded, scale = _rounded(E)
+        return _product(self.G, rounded).mul_(scale)
+
+    def diagonals(self, W: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the diagonals of the rounded matrices, in the dtype of `W`."""
+        left, right = super().diagonals(W)
+        return left.to(W.dtype), right.to(W.dtype)
+
+
+def _rounded(E: Tensor) -> tuple[Tensor, Tensor]:
+    """Return E [..., d_out, d_in] in float16, scaled, and the factor that undoes the scaling."""
+    largest = torch.linalg.vector_norm(E, torch.inf, dim=(-2, -1), keepdim=True)
+    scale = largest.clamp_min(torch.finfo(E.dtype).tiny * LARGEST) / LARGEST
+    rounded = torch.empty_like(E, dtype=torch.float16)
+    return torch.div(E, scale, out=rounded), scale
+
+
+def _product(A: Tensor, B: Tensor) -> Tensor:
+    """Multiply matrices in float16, or stacks of as many of them, with sums in float32."""
+    if not A.is_cuda:
+        return A.float() @ B.float()
+    multiply = torch.mm if A.ndim == 2 else torch.bmm
+    return multiply(A, B, out_dtype=torch.float32)
