@@ -219,12 +219,14 @@ class Session:
         left = [task for task in tasks if not self.journal.has(layer_file(task.layer))]
         return SegmentedStatistics(self.models.calibration(), required_statistics(left), found)
 
-    def statistics(self, weight: Weight) -> Statistics:
-        """Return the calibration statistics of a weight."""
+    def statistics(self, weight: Weight, *, with_inputs: bool = True) -> Statistics:
+        """Return the calibration statistics of a weight, on the device of the run."""
         if self.segments is not None:
             collected = self.segments.collect_for(weight.layer)
             self.check_coverage(collected)
-        return statistics.load(self.journal, weight.layer, weight.name)
+        return statistics.load(
+            self.journal, weight.layer, weight.name, self.device, with_inputs=with_inputs
+        )
 
     def check_coverage(self, layers: Iterable[int]) -> None:
         """Raise a `DataError` if most experts of some layers received too few tokens."""

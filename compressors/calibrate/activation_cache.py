@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lrc.compressors.calibrate.calibration_context import CalibrationContext
+from lrc.compressors.io.device_copies import copy_
 from lrc.compressors.io.files import publish, storage_errors
 from lrc.compressors.io.freed_memory import drop_shared_pages
 from lrc.compressors.io.journal import Journal
@@ -81,7 +82,7 @@ class ActivationCache:
         offset = self._first * prod(self.tensor.shape[1:])
         size = offset + self.tensor.numel()
         stored: Tensor = torch.from_file(str(snapshots[-1]), shared=False, size=size)
-        self.tensor.copy_(stored[offset:].view_as(self.tensor))
+        copy_(self.tensor, stored[offset:].view_as(self.tensor))
         self.done = int(snapshots[-1].stem.removeprefix(f"{self._name}-"))
         return True
 
@@ -92,7 +93,7 @@ class ActivationCache:
 def copy_states(target: Tensor, source: Tensor) -> None:
     """Copy states [n_windows, length, d_model], one window in memory at a time."""
     for new, old in zip(target, source, strict=True):
-        new.copy_(old)
+        copy_(new, old)
         drop_shared_pages(new)
         drop_shared_pages(old)
 

@@ -20,6 +20,7 @@ from lrc.compressors.calibrate.layer_calls import watch
 from lrc.compressors.calibrate.layer_executor import LayerExecutor
 from lrc.compressors.calibrate.statistic_table import LinearBatch, LinearStatistics, Required
 from lrc.compressors.corpus.pairs import IGNORED, Pairs
+from lrc.compressors.io.device_copies import copy_, on_device
 from lrc.compressors.io.freed_memory import drop_shared_pages
 from lrc.compressors.layers.experts import Expert
 from lrc.compressors.models.model_kinds import problem_type
@@ -218,7 +219,7 @@ def backward_head(executor: LayerExecutor, hidden: Tensor, gradients: Tensor) ->
         for rows in executor.pieces(head_tokens(context.device_type, vocabulary)):
             # Independent of the batches before.
             generator.manual_seed(context.seed + executor.numbers[rows.start])
-            leaf = hidden[rows].to(context.device).requires_grad_()
+            leaf = on_device(hidden[rows], context.device).requires_grad_()
             with torch.enable_grad():
                 if sentences is None:
                     out = executor.logits(leaf, tokens[rows])
@@ -234,8 +235,9 @@ def backward_head(executor: LayerExecutor, hidden: Tensor, gradients: Tensor) ->
             else:
                 labels = sentences[rows].labels
                 at_out = output_gradient(out.detach(), labels, problem, context.labels, generator)
-            (gradients[rows],) = torch.autograd.grad(out, leaf, at_out.to(out.dtype))
-            del leaf, out, at_out  # before the next logits are computed
+            (gradient,) = torch.autograd.grad(out, leaf, at_out.to(out.dtype))
+            copy_(gradients[rows], gradient)
+            del gradient, leaf, out, at_out  # before the next logits are computed
             drop_shared_pages(hidden[rows])
             drop_shared_pages(gradients[rows])
 
@@ -275,12 +277,17 @@ def backward_layer(
         context.processes.continued(statistics.sums, statistics.n_tokens),
     ):
         for rows in executor.batches:
-            leaf = states[rows].to(context.device, torch.float32).requires_grad_()
+            leaf = on_device(states[rows], context.device, torch.float32).requires_grad_()
             with torch.enable_grad():
                 out = executor.apply(index, leaf, rows=rows)
-            at_output = gradients[rows].to(context.device)
-            (gradients[rows],) = torch.autograd.grad(out, leaf, at_output)
-            del out, at_output  # and the graph, whose hooks keep the inputs of all linears
+            at_output = on_device(gradients[rows], context.device)
+            (gradient,) = torch.autograd.grad(out, leaf, at_output)
+            copy_(gradients[rows], gradient)
+            del (
+                out,
+                at_output,
+                gradient,
+            )  # and the graph, whose hooks keep the inputs of all linears
             drop_shared_pages(states[rows])
             drop_shared_pages(gradients[rows])
     at_inputs = (gradients[rows] for rows in executor.batches)

@@ -25,6 +25,7 @@ from lrc.compressors.calibrate.layer_calls import (
 )
 from lrc.compressors.calibrate.layer_executor import ForwardEnded, LayerExecutor
 from lrc.compressors.corpus.pairs import Pairs
+from lrc.compressors.io.device_copies import on_device
 from lrc.compressors.io.freed_memory import drop_shared_pages
 
 SOURCE = "source"
@@ -120,7 +121,7 @@ class EncoderDecoderExecutor(LayerExecutor):
         """
         n = self.sentences.n_source
         own = self._run(index, hidden, layer, rows)
-        hidden = hidden.to(self.context.device, self.dtype)
+        hidden = on_device(hidden, self.context.device, self.dtype)
         if index >= self.architecture.n_encoder:
             return torch.cat([hidden[:, :n], own], dim=1)
         if index == self.architecture.n_encoder - 1:
@@ -141,7 +142,7 @@ class EncoderDecoderExecutor(LayerExecutor):
         call, n = self.calls[index], self.sentences.n_source
         layer = self.architecture.layers[index] if layer is None else layer
         args, kwargs = call.arguments[self._key(hidden, rows)]
-        hidden = hidden.to(self.context.device, self.dtype)
+        hidden = on_device(hidden, self.context.device, self.dtype)
         source = hidden[:, :n]
         args = tuple(source if x is SOURCE else x for x in args)
         kwargs = {key: source if x is SOURCE else x for key, x in kwargs.items()}

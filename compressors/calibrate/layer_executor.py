@@ -32,6 +32,7 @@ from lrc.compressors.calibrate.layer_calls import (
 )
 from lrc.compressors.calibrate.resident_modules import ResidentModules
 from lrc.compressors.evaluate.encoder_outputs import sentence_outputs
+from lrc.compressors.io.device_copies import copy_, on_device
 from lrc.compressors.io.freed_memory import drop_shared_pages
 from lrc.configs.errors import ModelError
 
@@ -131,7 +132,7 @@ class LayerExecutor(ResidentModules):
         """Do the same as `embed_`, within `around_layers`."""
 
         def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            states[rows] = args[0] if args else kwargs["hidden_states"]
+            copy_(states[rows], args[0] if args else kwargs["hidden_states"])
             raise ForwardEnded
 
         first = self.architecture.layers[0]
@@ -194,7 +195,7 @@ class LayerExecutor(ResidentModules):
         call = self.calls[index]
         layer = self.architecture.layers[index] if layer is None else layer
         args, kwargs = call.arguments[self._key(hidden, rows)]
-        hidden = hidden.to(self.context.device, self.dtype)
+        hidden = on_device(hidden, self.context.device, self.dtype)
         return call.run(layer, hidden, args, kwargs)
 
     def stream(self, index: int, hidden: Tensor, *, rows: slice) -> Tensor:
@@ -218,7 +219,7 @@ class LayerExecutor(ResidentModules):
         self, index: int, states: Tensor, rows: slice, layer: nn.Module | None = None
     ) -> None:
         """Do the same as `advance_` for one of the batches."""
-        states[rows] = self.apply(index, states[rows], layer, rows=rows)
+        copy_(states[rows], self.apply(index, states[rows], layer, rows=rows))
         drop_shared_pages(states[rows])
 
     @torch.no_grad()

@@ -24,8 +24,8 @@ from lrc.compressors.calibrate.encoder_decoder_executor import executor_of
 from lrc.compressors.calibrate.layer_executor import LayerExecutor
 from lrc.compressors.calibrate.statistic_table import Required
 from lrc.compressors.io.background_writes import BackgroundWrites
+from lrc.compressors.io.device_copies import to_host
 from lrc.compressors.io.journal import Journal
-from lrc.compressors.io.machine import to_host
 from lrc.compressors.solvers.linalg import tensor_cores
 from lrc.compressors.solvers.moments import Statistics, needed_tokens
 
@@ -56,10 +56,14 @@ def collect_together(
         Collector(context, variants).run()
 
 
-def load(journal: Journal, layer: int, name: str) -> Statistics:
-    """Return the statistics of one linear; empty if none were collected.
+def load(
+    journal: Journal, layer: int, name: str, device: str = "cpu", *, with_inputs: bool = True
+) -> Statistics:
+    """Return the statistics of one linear on a device; empty if none were collected.
 
     Those of an expert with fewer tokens than `needed_tokens` have the number of tokens only.
+    Without `with_inputs`, the second moment of its inputs is left out, unless the number of tokens
+    is scaled by it.
     """
     inputs, gradients = statistics_files(layer)
     facts = journal.read_facts(inputs) if journal.has(inputs) else {"leaders": {}}
@@ -69,11 +73,14 @@ def load(journal: Journal, layer: int, name: str) -> Statistics:
     n_routed, needed = facts["routed"].get(name, (None, 0))
     if n_routed is not None and n_routed < needed:
         return Statistics(n_routed)
-    forward = journal.read_tensors(inputs, table.sum_names(table.FORWARD, name, leader))
-    backward = {}
-    if journal.has(gradients):
-        backward = journal.read_tensors(gradients, table.sum_names(table.BACKWARD, name, leader))
     n_own = facts.get("received", {}).get(name, n_routed)
+    sums = table.sum_names(table.FORWARD, name, leader)
+    if not with_inputs and n_own is None:
+        sums = {stored: key for stored, key in sums.items() if key not in ("inputs", "image")}
+    forward, backward = journal.read_tensors(inputs, sums, device), dict[str, Tensor]()
+    if journal.has(gradients):
+        sums = table.sum_names(table.BACKWARD, name, leader)
+        backward = journal.read_tensors(gradients, sums, device)
     return table.build_statistics(facts["n_tokens"], forward, backward, n_own)
 
 

@@ -17,11 +17,12 @@ from lrc.compressors.compress.prefix import Prefix, measure, rounds
 from lrc.compressors.compress.task_solver import Solved, TaskSolver
 from lrc.compressors.distributed.processes import ALONE, Processes
 from lrc.compressors.io.background_writes import BackgroundWrites
+from lrc.compressors.io.device_copies import to_host
 from lrc.compressors.io.journal import Journal
-from lrc.compressors.io.machine import OnStep, to_host
+from lrc.compressors.io.machine import OnStep
 from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.planning.plan import Plan
-from lrc.compressors.planning.tasks import LayerResult, LayerTask, Weight
+from lrc.compressors.planning.tasks import LayerResult, LayerTask
 from lrc.compressors.solvers.error_compensation import PrefixMoments
 from lrc.compressors.solvers.moments import Statistics
 
@@ -34,7 +35,7 @@ def compress_layers(
     plan: Plan,
     reader: WeightReader,
     journal: Journal,
-    statistics: Callable[[Weight], Statistics],
+    statistics: Callable[..., Statistics],
     *,
     device: str,
     on_step: OnStep,

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from lrc.compressors.compress.layerwise import layer_file, read_results, write_results
+from lrc.compressors.io.device_copies import to_host
 from lrc.compressors.io.journal import Journal
-from lrc.compressors.io.machine import to_host
 from lrc.compressors.layers.packing import encode_matrix
 from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.planning.plan import Plan

@@ -19,8 +19,8 @@ from lrc.compressors.compress.quantize_parts import (
     quantize_parts,
     quantize_whole,
 )
+from lrc.compressors.io.device_copies import to_host
 from lrc.compressors.io.finite import all_finite
-from lrc.compressors.io.machine import to_host
 from lrc.compressors.layers import COMPONENTS, WeightConfig, reconstruct
 from lrc.compressors.layers.pivot_rows import NoPivotRows
 from lrc.compressors.methods.base import FixedSizeMethod, Method

@@ -24,7 +24,7 @@ class TaskSolver:
     """Compresses tasks of a plan that do not depend on each other."""
 
     reader: WeightReader
-    statistics: Callable[[Weight], Statistics]
+    statistics: Callable[..., Statistics]
     device: str
     seed: int
     solved: Solved = lambda batch: None
@@ -102,8 +102,12 @@ class TaskSolver:
         inputs: Moment | None = None,
     ) -> WeightGroup:
         """Return weights and their statistics; `inputs` replaces those of the dense model."""
-        known = [self.statistics(w) if task.statistics else Statistics() for w in task.weights]
-        if inputs is not None and "inputs" in solver_statistics(task):
+        replaced = inputs is not None and "inputs" in solver_statistics(task)
+        less = {"with_inputs": False} if replaced else {}
+        known = [
+            self.statistics(w, **less) if task.statistics else Statistics() for w in task.weights
+        ]
+        if replaced:
             known = [replace(each, inputs=inputs) for each in known]
         bias = None
         if task.config.bias and task.source_bias:

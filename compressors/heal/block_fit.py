@@ -42,6 +42,7 @@ from lrc.compressors.heal.work import (
     selected_supports_,
     trained_parameters,
 )
+from lrc.compressors.io.device_copies import copy_, on_device
 from lrc.compressors.solvers.linalg import tensor_cores
 from lrc.configs.heal import Block
 
@@ -212,7 +213,7 @@ class BlockFit:
         """Write the output of a layer for `states` [n, length, d_model] into `out`."""
         for start in range(0, len(states), self._together):
             rows = slice(start, start + self._together)
-            out[rows] = apply(states[rows], layer)
+            copy_(out[rows], apply(states[rows], layer))
 
     @torch.no_grad()
     def _divergence(self, states: Tensor) -> float:
@@ -226,7 +227,9 @@ class BlockFit:
                     rows = (slice(number, number + 1), slice(start, start + size))
                     log_p, log_q = (
                         log_probabilities(
-                            executor.logits(each[rows].to(executor.context.device), tokens[rows])
+                            executor.logits(
+                                on_device(each[rows], executor.context.device), tokens[rows]
+                            )
                         )
                         for each in (self._dense, states)
                     )

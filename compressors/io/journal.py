@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lrc.compressors.distributed.lifetime import FOLDER as PROCESSES
+from lrc.compressors.io.device_copies import to_device
 from lrc.compressors.io.files import (
     new_file,
     new_folder,
@@ -75,12 +76,14 @@ class Journal:
         """Read one tensor of a finished set into memory."""
         return self.read_tensors(name, {key: key})[key]
 
-    def read_tensors(self, name: str, keys: Mapping[str, str]) -> dict[str, Tensor]:
+    def read_tensors(
+        self, name: str, keys: Mapping[str, str], device: str = "cpu"
+    ) -> dict[str, Tensor]:
         """Read those tensors of a finished set that are in `keys`, which maps to new names."""
         with _damage(self.path(name)), safe_open(self.path(name), framework="pt") as file:
             present = [key for key in file.keys() if key in keys]
-            # Cloned, because mapped pages stay resident.
-            return {keys[key]: file.get_tensor(key).clone() for key in present}
+            # Copies, because mapped pages stay resident.
+            return {keys[key]: to_device(file.get_tensor(key), device) for key in present}
 
     def read_facts(self, name: str) -> dict[str, Any]:
         """Read the facts about a finished set of tensors."""

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import psutil
 import torch
-from torch import Tensor
 
 from lrc.compressors.distributed.processes import ALONE, Processes
 from lrc.compressors.io.disk_use import DiskUse
@@ -23,10 +22,6 @@ OnStep = Callable[[str, int, int], None]
 """Progress callback, called with (stage, done, total) when everything finished so far is on disk,
 or is being written in the background, which ends before an error leaves the stage. May raise to
 stop. Must not print to stdout, which is redirected while an lm-eval task runs."""
-
-
-PINNED_BYTES = 2**25
-"""Bytes that are copied to a GPU at once."""
 
 
 def no_progress(stage: str, done: int, total: int) -> None:
@@ -140,36 +135,6 @@ def peak_resident_bytes() -> int:
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def to_host(tensor: Tensor) -> Tensor:
-    """Return a tensor on the CPU; from a GPU through pinned memory, which PyTorch reuses.
-
-    Pageable memory fresh from the system is mapped page by page as it is first written, which can
-    take ten times as long as the copy.
-    """
-    if not tensor.is_cuda:
-        return tensor.cpu()
-    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor)
-
-
-def to_device(
-    tensor: Tensor, device: str | torch.device, dtype: torch.dtype | None = None
-) -> Tensor:
-    """Return a copy of a tensor on the CPU; to a GPU in pieces, through pinned memory.
-
-    A copy even on the CPU: the pages of a mapped file that were touched stay in memory as long as
-    the file is mapped. A GPU receives the pieces on the current stream, while the next is read.
-    """
-    if torch.device(device).type == "cpu" or not tensor.numel():
-        return tensor.to(device, dtype, copy=True)
-    out = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-    size = max(1, PINNED_BYTES // tensor.element_size())
-    for part, place in zip(tensor.reshape(-1).split(size), out.view(-1).split(size), strict=True):
-        # PyTorch reuses pinned memory when the copy from it has ended.
-        pinned = torch.empty_like(part, pin_memory=True).copy_(part)
-        place.copy_(pinned, non_blocking=True)
-    return out if dtype is None else out.to(dtype)
 
 
 def release_memory() -> None:

@@ -9,8 +9,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from lrc.compressors.io.device_copies import to_device
 from lrc.compressors.io.finite import all_finite
-from lrc.compressors.io.machine import to_device
 from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.models.contents import read_contents
 from lrc.compressors.models.expert_tensors import Piece

@@ -14,6 +14,7 @@ from lrc.compressors.calibrate.activation_cache import ActivationCache
 from lrc.compressors.calibrate.calibration_context import CalibrationContext, check_finite
 from lrc.compressors.calibrate.layer_check import differing_layer
 from lrc.compressors.calibrate.layer_executor import LayerExecutor
+from lrc.compressors.io.device_copies import copy_, on_device
 from lrc.compressors.models.architecture import Architecture, describe
 from lrc.compressors.slicing.layout import skeleton
 from lrc.compressors.slicing.slice_method import Budget, SlicedModel, SliceMethod
@@ -113,10 +114,10 @@ def block_influence(context: CalibrationContext) -> list[float]:
         total = 0.0
         with executor.layer(index), torch.no_grad():
             for rows in executor.batches:
-                x = states[rows].to(context.device)
+                x = on_device(states[rows], context.device)
                 y = executor.apply(index, x)
                 total += float(cosine_similarity(x, y, dim=-1).sum(dtype=torch.float64))
-                states[rows] = y
+                copy_(states[rows], y)
         check_finite(total, f"the cosine of input and output in {name}")
         found.append(1 - total / executor.tokens.numel())
         context.on_step("slice", index + 1, len(names))
@@ -178,7 +179,7 @@ def _mean_loss(executor: LayerExecutor, states: Tensor) -> float:
     """Return the mean loss per token, given the output `states` of the last layer."""
     total, device = 0.0, executor.context.device
     for rows in executor.batches:
-        tokens, hidden = executor.tokens[rows], states[rows].to(device)
+        tokens, hidden = executor.tokens[rows], on_device(states[rows], device)
         logits = executor.logits(hidden, tokens)[:, :-1].flatten(0, 1)
         labels = tokens[:, 1:].reshape(-1).to(device)
         total += float(cross_entropy(logits, labels, reduction="sum"))

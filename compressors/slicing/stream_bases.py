@@ -19,6 +19,7 @@ from lrc.compressors.calibrate.calibration_context import CalibrationContext, ch
 from lrc.compressors.calibrate.layer_calls import watch
 from lrc.compressors.calibrate.layer_executor import LayerExecutor
 from lrc.compressors.calibrate.statistic_table import RunningSums
+from lrc.compressors.io.device_copies import copy_, on_device
 from lrc.compressors.slicing.families import Block, Family
 from lrc.compressors.solvers.linalg import descending_eigh, tensor_cores
 
@@ -85,7 +86,7 @@ def stream_moment(context: CalibrationContext, family: Family) -> Tensor:
                 executor.advance_(index, states)
             if index == n_layers - 1:  # the final norm is outside the layers
                 for rows in executor.batches:
-                    add(states[rows].to(context.device))
+                    add(on_device(states[rows], context.device))
             # Sums over one layer are float32, the total over all layers is float64.
             moment = sums.pop("stream").double().cpu()
             check_finite(moment, f"the residual stream in {name}")
@@ -130,10 +131,11 @@ def find_block_bases(context: CalibrationContext, family: Family, k: int) -> Str
 
     for index, name in enumerate(names):
         for rows in executor.batches:
-            add(states[rows].to(context.device))
+            add(on_device(states[rows], context.device))
         Q = next_basis(name)
         for rows in executor.batches:
-            states[rows] = project(states[rows].to(context.device), Q, family)
+            projected = project(on_device(states[rows], context.device), Q, family)
+            copy_(states[rows], projected)
         blocks = [b for b in family.stream(model) if b.norms[0].name.startswith(f"{name}.")]
         inner: list[tuple[Block, Tensor]] = []
         with tensor_cores(context.device), executor.layer(index):
@@ -149,7 +151,7 @@ def find_block_bases(context: CalibrationContext, family: Family, k: int) -> Str
                 executor.advance_(index, states)
         context.on_step("slice", index + 1, len(names))
     for rows in executor.batches:
-        add(states[rows].to(context.device))
+        add(on_device(states[rows], context.device))
     next_basis(names[-1])
     del states
     context.journal.forget(f"states{LIVE}")

@@ -31,15 +31,17 @@ class HalfPrecisionMetric(Metric):
 
     def __call__(self, E: Tensor) -> Tensor:
         """Return ``G @ E @ H`` in float32."""
-        if self.H is not None:
+        H, G, scale = self.H, self.G, None
+        if H is not None:
             rounded, scale = _rounded(E)
-            E = _product(rounded, self.H).mul_(scale)
-        if self.G is None:
-            return E
-        if self.G.ndim == 1:
-            return self.G[:, None] * E
-        rounded, scale = _rounded(E)
-        return _product(self.G, rounded).mul_(scale)
+            E = _product(rounded, H)
+        if G is not None and G.ndim > 1:
+            rounded, again = _rounded(E)
+            scale = again if scale is None else scale * again
+            E = _product(G, rounded)
+        if scale is not None:
+            E.mul_(scale)
+        return E if G is None or G.ndim > 1 else G[:, None] * E
 
     def diagonals(self, W: Tensor) -> tuple[Tensor, Tensor]:
         """Return the diagonals of the rounded matrices, in the dtype of `W`."""

@@ -47,14 +47,14 @@ def compensated_error(
     zero in the mask, and the error ``E = W - W_hat``, equal to `W` outside the mask.
     """
     left, right = inverse.diagonals(W)
-    unit = left * right  # [d_out, d_in]
+    removed = torch.where(mask, 0, 1 / (left * right))  # [d_out, d_in]
     multipliers = torch.where(mask, 0, start)
     multipliers, kept = conjugate_gradients(
         inverse,
         multipliers,
         W - inverse(multipliers),
         steps=steps,
-        precondition=lambda R: torch.where(mask, 0, R / unit),
+        precondition=lambda R: removed * R,
         dim=(-2, -1),
     )  # the residual is that of all entries: W - E
     return multipliers, torch.where(mask, W - kept, W)

@@ -11,6 +11,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from lrc.compressors.io.device_copies import on_device
+
 TOKEN_CAP = 10.0
 """Energy ``|x|^2`` above this multiple of the window's median is capped. In layers without massive
 activations, only a few of 10,000 tokens are affected."""
@@ -68,7 +70,11 @@ class _Tensors:
     def to(self, device: torch.device | str) -> Self:
         """Return a copy on another device."""
         found = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved = {k: v.to(device) for k, v in found.items() if isinstance(v, Tensor | _Tensors)}
+        moved = {
+            k: on_device(v, device) if isinstance(v, Tensor) else v.to(device)
+            for k, v in found.items()
+            if isinstance(v, Tensor | _Tensors)
+        }
         return replace(self, **moved)
 
 

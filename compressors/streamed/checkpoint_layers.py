@@ -17,7 +17,7 @@ from lrc.compressors.checkpoint.plain import plain_name
 from lrc.compressors.checkpoint.quantizer import LrcQuantizer, replace_layers
 from lrc.compressors.checkpoint.reader import Contents, check_checkpoint, stored_dtype
 from lrc.compressors.checkpoint.tensor_checks import check_values
-from lrc.compressors.io.machine import to_device
+from lrc.compressors.io.device_copies import to_device
 from lrc.compressors.io.shortened import shortened
 from lrc.compressors.layers.component import SharedFactorComponent
 from lrc.compressors.layers.compressed_linear import sentinel

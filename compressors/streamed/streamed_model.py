@@ -15,6 +15,7 @@ from torch import Tensor
 from lrc.compressors.calibrate.calibration_context import CalibrationContext
 from lrc.compressors.calibrate.layer_calls import LayerCall
 from lrc.compressors.calibrate.layer_executor import LayerExecutor
+from lrc.compressors.io.device_copies import on_device
 from lrc.compressors.io.freed_memory import drop_shared_pages
 from lrc.compressors.layers import TiedHead
 from lrc.compressors.models.architecture import Architecture
@@ -98,7 +99,7 @@ class StateLogits:
         place, last = self._places[number], self._states.shape[1] - 1
         for start in range(0, last, size):
             rows = slice(start, min(start + size, last))
-            hidden = self._states[place, rows].to(self._model.context.device, self.dtype)
+            hidden = on_device(self._states[place, rows], self._model.context.device, self.dtype)
             ids = self._model.tokens[place, rows]
             yield start, self._model.logits(hidden[None], ids[None])[0]
         drop_shared_pages(self._states[place])

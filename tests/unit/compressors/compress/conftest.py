@@ -30,7 +30,7 @@ def tokens() -> Tensor:
 
 
 @pytest.fixture
-def statistics(linears: Weights, tokens: Tensor) -> Callable[[Weight], Statistics]:
+def statistics(linears: Weights, tokens: Tensor) -> Callable[..., Statistics]:
     """Return the statistics of the dense model's inputs, and of random gradients."""
     chain = Chain(linears.tensors, tokens)
     known = {}
@@ -43,4 +43,4 @@ def statistics(linears: Weights, tokens: Tensor) -> Callable[[Weight], Statistic
                 TOKENS, Moment.of(X.T @ X), Moment.of(g.T @ g), X.sum(dim=0), X.abs().sum(dim=0)
             )
         chain.advance(layer)
-    return lambda weight: known[weight.name]
+    return lambda weight, **_: known[weight.name]
