@@ -176,6 +176,17 @@ def test_only_required_statistics_are_collected(architecture, reader, tokens, tm
     assert not journal.has(statistics.statistics_files(0)[1])  # nothing below the lowest target
 
 
+def test_second_moments_of_inputs_can_be_left_out(architecture, reader, tokens, tmp_path):
+    name = "model.layers.1.mlp.up_proj"
+    journal = collect(architecture, reader, tokens, tmp_path, required={name: EVERYTHING})
+    whole = statistics.load(journal, 1, name)
+    found = statistics.load(journal, 1, name, with_inputs=False)
+    assert found.missing(EVERYTHING) == ["inputs"]
+    assert found.n_tokens == whole.n_tokens
+    assert torch.equal(found.gradients.diagonal, whole.gradients.diagonal)
+    assert torch.equal(found.input_mean, whole.input_mean)
+
+
 @pytest.mark.parametrize("labels", ["model", "sampled", "real"])
 def test_the_same_seed_gives_the_same_bytes_whatever_the_memory(
     architecture, reader, tokens, tmp_path, labels

@@ -124,6 +124,12 @@ def test_inputs_are_weighted_by_the_router(model, seen, collected):
             close(found.inputs.full, (gates * v).T @ (gates * v))
 
 
+def test_moments_of_inputs_are_kept_where_they_scale_the_number_of_tokens(collected):
+    journal, name = collected("inputs", "whole_inputs", "gradients"), f"{PREFIX}.0.gate_up_proj"
+    whole = statistics.load(journal, 1, name)
+    assert statistics.load(journal, 1, name, with_inputs=False).n_tokens == whole.n_tokens
+
+
 def test_an_image_is_that_of_the_weighted_inputs(model, seen, collected):
     found = statistics.load(collected("inputs"), 1, f"{PREFIX}.0.gate_up_proj").inputs
     x, gates, _ = seen.of(0)
