@@ -44,8 +44,10 @@ VALUE_BYTES = 4
 """Of sums, hidden states and gradients."""
 
 
-def statistics_bytes(architecture: Architecture, required: Required) -> list[int]:
-    """Return the size of the required statistics of every layer on disk.
+def statistics_bytes(
+    architecture: Architecture, required: Required, *, stored: bool = True
+) -> list[int]:
+    """Return the size of the required statistics of every layer on disk, or else in memory.
 
     The statistics of experts without tokens, which are known after calibration only, are included.
     """
@@ -60,7 +62,7 @@ def statistics_bytes(architecture: Architecture, required: Required) -> list[int
             LinearStatistics.forward([group for group in known if group], linears, needed),
             LinearStatistics.backward(linears, needed),
         ):
-            found[layer] += VALUE_BYTES * sums.numbers(linears)
+            found[layer] += VALUE_BYTES * sums.numbers(linears, stored=stored)
     return found
 
 

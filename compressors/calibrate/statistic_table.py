@@ -11,6 +11,7 @@ from typing import NamedTuple, Self
 
 from torch import Tensor
 
+from lrc.compressors.calibrate.symmetric_storage import packed_shape
 from lrc.compressors.models.architecture import Linear
 from lrc.compressors.solvers.moments import Moment, Statistics
 
@@ -72,10 +73,18 @@ class Row:
     shared: bool = False
     """Depends on the inputs only: collected once for all linears with the same input."""
 
-    def numbers(self, linear: Linear) -> int:
-        """Return how many numbers the sum of a linear has."""
-        sides: list[int] = [getattr(linear, side) for side in self.shape.strip("[]").split(", ")]
-        return prod(sides)
+    @property
+    def symmetric(self) -> bool:
+        """Whether the sum is a second moment, of which one triangle is stored."""
+        return len({*self._sides}) < len(self._sides)
+
+    def shape_of(self, linear: Linear) -> tuple[int, ...]:
+        """Return the shape of the sum of a linear."""
+        return tuple(getattr(linear, side) for side in self._sides)
+
+    @property
+    def _sides(self) -> list[str]:
+        return self.shape.strip("[]").split(", ")
 
 
 def _add_row_fisher(sums: RunningSums, key: str, batch: LinearBatch) -> None:
@@ -141,13 +150,14 @@ class LinearStatistics:
         selected = (f"{name}.{row}" for name, rows in self._rows.items() for row in rows)
         return {key: sums[key] for key in selected if key in sums}
 
-    def numbers(self, linears: Mapping[str, Linear]) -> int:
-        """Return how many numbers all sums have."""
-        return sum(
-            self._table[row].numbers(linears[name])
-            for name, rows in self._rows.items()
-            for row in rows
-        )
+    def numbers(self, linears: Mapping[str, Linear], *, stored: bool = False) -> int:
+        """Return how many numbers all sums have, or how many of them are stored."""
+        total = 0
+        for name, rows in self._rows.items():
+            for row in (self._table[each] for each in rows):
+                shape = row.shape_of(linears[name])
+                total += prod(packed_shape(shape[0]) if stored and row.symmetric else shape)
+        return total
 
     @classmethod
     def forward(
@@ -243,6 +253,11 @@ def build_statistics(
     parts = ("inputs", "gradients", "image", "diagonal")
     plain = {key: sums[key] for sums in (forward, backward) for key in sums if key not in parts}
     return Statistics(n_tokens, inputs=inputs, gradients=gradients, **plain)
+
+
+def is_symmetric(row: str) -> bool:
+    """Return whether the sums of a row of the tables are second moments."""
+    return any(row in table and table[row].symmetric for table in (FORWARD, BACKWARD))
 
 
 def _moment(sums: Mapping[str, Tensor], full: str) -> Moment | None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from math import prod
 from typing import Any, Self
 
 import torch
@@ -23,6 +24,11 @@ from lrc.compressors.calibrate.calibration_passes import (
 from lrc.compressors.calibrate.encoder_decoder_executor import executor_of
 from lrc.compressors.calibrate.layer_executor import LayerExecutor
 from lrc.compressors.calibrate.statistic_table import Required
+from lrc.compressors.calibrate.symmetric_storage import (
+    pack_symmetric,
+    packed_shape,
+    unpack_symmetric,
+)
 from lrc.compressors.io.background_writes import BackgroundWrites
 from lrc.compressors.io.device_copies import to_host
 from lrc.compressors.io.journal import Journal
@@ -74,13 +80,18 @@ def load(
     if n_routed is not None and n_routed < needed:
         return Statistics(n_routed)
     n_own = facts.get("received", {}).get(name, n_routed)
+
+    def read(file: str, sums: Mapping[str, str]) -> dict[str, Tensor]:
+        found = journal.read_tensors(file, sums, device)
+        squares = {key: unpack_symmetric(found[key]) for key in found if table.is_symmetric(key)}
+        return found | squares
+
     sums = table.sum_names(table.FORWARD, name, leader)
     if not with_inputs and n_own is None:
         sums = {stored: key for stored, key in sums.items() if key not in ("inputs", "image")}
-    forward, backward = journal.read_tensors(inputs, sums, device), dict[str, Tensor]()
+    forward, backward = read(inputs, sums), dict[str, Tensor]()
     if journal.has(gradients):
-        sums = table.sum_names(table.BACKWARD, name, leader)
-        backward = journal.read_tensors(gradients, sums, device)
+        backward = read(gradients, table.sum_names(table.BACKWARD, name, leader))
     return table.build_statistics(facts["n_tokens"], forward, backward, n_own)
 
 
@@ -289,8 +300,16 @@ def _write(
     facts: dict[str, Any],
 ) -> None:
     def prepare() -> Callable[[], None]:
-        tensors = {key: to_host(total) for key, total in sums.items()}
+        tensors = {}
+        for key, total in sums.items():
+            square = key in squares
+            tensors[key] = to_host(pack_symmetric(total) if square else total)
         # A safetensors file needs at least one tensor.
         return partial(journal.write_tensors, file, tensors or {"none": torch.zeros(1)}, facts)
 
-    writes.add(sum(total.nbytes for total in sums.values()), prepare)
+    squares = {key for key in sums if table.is_symmetric(key.rpartition(".")[2])}
+    n_bytes = sum(
+        x.itemsize * prod(packed_shape(len(x)) if key in squares else x.shape)
+        for key, x in sums.items()
+    )
+    writes.add(n_bytes, prepare)

@@ -100,8 +100,9 @@ def memory_peaks(
         needs["slice"] = Need(max(passes, _read(work, work.dense_embedding)), _layer_file(work))
     if work.statistics:
         # A pass through a layer has the sums of its inputs, or about as many of its gradients.
-        sums = max(work.statistics_bytes) // (2 if work.differentiates else 1)
-        host = _waiting(work, sums, backlogs.get("calibrate", 0.0))
+        passes = 2 if work.differentiates else 1
+        sums, written = (max(each) // passes for each in (work.sum_bytes, work.statistics_bytes))
+        host = _waiting(work, written, backlogs.get("calibrate", 0.0))
         needs["calibrate"] = Need(max(_passes(work, sums), _backward(work, sums)), host)
     if any(task.pending for task in work.tasks):
         needs["allocate"] = Need(largest_curve(work), largest_moments(work))

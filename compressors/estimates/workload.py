@@ -268,6 +268,11 @@ class Workload:
         return statistics_bytes(self.architecture, self.statistics)
 
     @cached_property
+    def sum_bytes(self) -> list[int]:
+        """Statistics of every layer in memory, where second moments are whole matrices."""
+        return statistics_bytes(self.architecture, self.statistics, stored=False)
+
+    @cached_property
     def segments(self) -> Segments | None:
         """How the layers are divided if their statistics do not fit on the disk together."""
         return statistic_segments(self.prepared)
@@ -275,7 +280,7 @@ class Workload:
     @property
     def sum_flops(self) -> int:
         """Multiplications of a token for all second moments."""
-        return sum(each // VALUE_BYTES for each in self.statistics_bytes)
+        return sum(each // VALUE_BYTES for each in self.sum_bytes)
 
     @property
     def states(self) -> int:

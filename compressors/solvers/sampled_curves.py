@@ -21,7 +21,6 @@ random weights differ by up to 28 %, and with three sizes by up to 5 %.
 """
 
 from collections.abc import Callable, Sequence
-from math import log
 
 import torch
 from torch import Tensor
@@ -35,10 +34,11 @@ SAMPLED_FROM = 2**23
 time to launch their kernels, which a sample does not reduce."""
 ROW_STRIDE = 8
 """With every fourth or every second row, energies are hardly more accurate."""
-MAX_BEND = 1.35
-"""Largest factor between the ratio of the middle size and the one between those of the others. It
-is larger if the sample is unlike the weight, such as one without the rows of the largest errors, or
-if there are fewer tokens than channels. All rows are then searched at all sizes."""
+MAX_SHIFT = 0.05
+"""Largest difference between the ratio of the middle size and the one between those of the others,
+as the change of the size, in fractions of the weight, that changes the energy as much. It is larger
+if the sample is unlike the weight, such as one without the rows of the largest errors. All rows are
+then searched at all sizes."""
 WHOLE_SIZES = 3
 """Number of sizes for which all rows are searched: the largest, the middle and the smallest one."""
 
@@ -90,7 +90,7 @@ def curve_energies(
             counts = [max(1, size * rows // d_out) for size in sizes]  # exact with n:8
             return _searched(search, part, part_metric, counts, rounds)
 
-        ratios, representative = _interpolated(whole / sampled(few), few, sizes)
+        ratios, representative = _interpolated(whole, sampled(few), few, sizes, d_out * d_in)
         energies = ratios * sampled(sizes)
         if not representative.all():
             del search
@@ -126,17 +126,20 @@ def _energy(
 
 
 def _interpolated(
-    ratios: Tensor, few: Sequence[int], sizes: Sequence[int]
+    whole: Tensor, sampled: Tensor, few: Sequence[int], sizes: Sequence[int], numbers: int
 ) -> tuple[Tensor, Tensor]:
-    """Interpolate ratios [3, ...] between three sizes by a parabola through their logarithms.
+    """Interpolate the ratios of energies [3, ...] by a parabola through their logarithms.
 
-    Also returns for which weights the sample is representative, see `MAX_BEND`.
+    `few` are the three sizes of the energies, of a weight with so many numbers. Also returns for
+    which weights the sample is representative, see `MAX_SHIFT`.
     """
-    first, middle, last = ratios.log()
-    at = ratios.new_tensor([few[0] - size for size in sizes]) / (few[0] - few[-1])  # 0 to 1
+    first, middle, last = (whole / sampled).log()
+    width = few[0] - few[-1]
+    at = whole.new_tensor([few[0] - size for size in sizes]) / width  # 0 to 1
     at = at.view(-1, *[1] * first.ndim)
-    center = (few[0] - few[1]) / (few[0] - few[-1])
+    center = (few[0] - few[1]) / width
     bend = middle - torch.lerp(first, last, center)
     found = first + at * (last - first) + bend * at * (1 - at) / (center * (1 - center))
+    slope = (whole[-1] / whole[0]).log() * numbers / width
     # False if an energy is zero, and a ratio is not finite.
-    return found.exp(), bend.abs() <= log(MAX_BEND)
+    return found.exp(), bend.abs() <= MAX_SHIFT * slope

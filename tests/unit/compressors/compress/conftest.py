@@ -7,7 +7,6 @@ import torch
 from tests.linear_chain import LAYERS, NAMES, TOKENS, WIDTH, Chain, Weights
 from torch import Tensor
 
-from lrc.compressors.planning.tasks import Weight
 from lrc.compressors.solvers.moments import Moment, Statistics
 
 

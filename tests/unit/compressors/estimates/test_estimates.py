@@ -87,18 +87,17 @@ def test_statistics_are_counted_as_the_methods_need_them(
     prepared: Callable[..., Prepared],
 ) -> None:
     heads = WIDTH // 2  # of keys and values together with half of the heads
-    inputs = 3 * (WIDTH**2 + WIDTH) + WIDTH**2 + INNER  # q k v, o, gate up; image of down
-    outputs = WIDTH**2 + 2 * heads**2 + WIDTH**2 + 2 * WIDTH**2 + WIDTH**2  # images of gate, up
     diagonals = WIDTH + 2 * heads + WIDTH + 2 * INNER + WIDTH
-    expected = 4 * (inputs + outputs + diagonals)
-    assert Workload(prepared(KFAC), "cpu").statistics_bytes == [expected] * LAYERS
-    whole = 4 * (
-        3 * (WIDTH**2 + WIDTH)
-        + (INNER**2 + INNER)
-        + (3 * WIDTH**2 + 2 * heads**2 + 2 * INNER**2)
-        + diagonals
-    )
-    assert Workload(prepared(MIXED), "cpu").statistics_bytes == [whole] * LAYERS
+    # Inputs of q k v, o, gate up, and down or its image; outputs, or images of gate and up.
+    narrow = [*[WIDTH] * 4, WIDTH, heads, heads, *[WIDTH] * 4]
+    whole = [*[WIDTH] * 3, INNER, WIDTH, heads, heads, WIDTH, INNER, INNER, WIDTH]
+    plain = 3 * WIDTH + INNER + diagonals
+    for recipe, sides in ((KFAC, narrow), (MIXED, whole)):
+        work = Workload(prepared(recipe), "cpu")
+        in_memory = 4 * (plain + sum(n**2 for n in sides))
+        assert work.sum_bytes == [in_memory] * LAYERS
+        on_disk = 4 * (plain + sum(n * (n + 1) // 2 for n in sides))
+        assert work.statistics_bytes == [on_disk] * LAYERS
 
 
 def test_buffers_are_the_bytes_of_the_tensors(
