@@ -3,6 +3,7 @@
 import errno
 import gc
 import json
+import logging
 import os
 import signal
 import sys
@@ -152,6 +153,21 @@ def preparing(recipe: object, *, quiet: bool) -> None:
 def warn(text: str) -> None:
     """Print a warning to stderr."""
     say(f"warning: {text}")
+
+
+class _Details(logging.Handler):
+    """Prints messages of lrc's modules like warnings, above a progress display."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(f"{record.levelname.lower()}: {record.getMessage()}")
+
+
+def show_details() -> None:
+    """Print what modules log for those who want to know more, besides warnings."""
+    logger = logging.getLogger("lrc")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(_Details())
+    logger.propagate = False
 
 
 @contextmanager

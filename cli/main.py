@@ -63,10 +63,19 @@ def _version(show: bool) -> None:
 def _root(
     context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    verbose: Annotated[
+        bool,
+        typer.Option(
+            "--verbose",
+            help="Also say why something is computed in a slower way than usual.",
+        ),
+    ] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
+    if verbose:
+        console.show_details()
     use_expandable_segments()
     team.refuse_several(context.invoked_subcommand)
 

@@ -29,7 +29,7 @@ def statistic_segments(prepared: Prepared) -> Segments | None:
     """
     plan, calibration = prepared.plan, Calibration.model_validate(prepared.plan.calibration)
     required = required_statistics(plan.tasks)
-    sizes = statistics_bytes(prepared.architecture, required)
+    sizes = statistics_bytes(prepared.architecture, required, stored=True)
     if calibration.disk_limit_gib is None:
         output = Path(prepared.recipe.output).expanduser().absolute()
         limit = free_disk(output) + used_disk(output)

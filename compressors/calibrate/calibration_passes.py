@@ -283,11 +283,8 @@ def backward_layer(
             at_output = on_device(gradients[rows], context.device)
             (gradient,) = torch.autograd.grad(out, leaf, at_output)
             copy_(gradients[rows], gradient)
-            del (
-                out,
-                at_output,
-                gradient,
-            )  # and the graph, whose hooks keep the inputs of all linears
+            # And the graph, whose hooks keep the inputs of all linears.
+            del out, at_output, gradient
             drop_shared_pages(states[rows])
             drop_shared_pages(gradients[rows])
     at_inputs = (gradients[rows] for rows in executor.batches)

@@ -25,7 +25,7 @@ from lrc.compressors.calibrate.layer_calls import (
 )
 from lrc.compressors.calibrate.layer_executor import ForwardEnded, LayerExecutor
 from lrc.compressors.corpus.pairs import Pairs
-from lrc.compressors.io.device_copies import on_device
+from lrc.compressors.io.device_copies import copy_, on_device
 from lrc.compressors.io.freed_memory import drop_shared_pages
 
 SOURCE = "source"
@@ -88,7 +88,7 @@ class EncoderDecoderExecutor(LayerExecutor):
 
         def keep(index: int) -> Callable[..., None]:
             def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                states[present[0], self.columns(index)] = first_argument(*args, **kwargs)
+                copy_(states[present[0], self.columns(index)], first_argument(*args, **kwargs))
                 if index > 0:
                     raise ForwardEnded
 

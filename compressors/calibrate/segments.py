@@ -32,6 +32,7 @@ from lrc.compressors.calibrate.statistics import (
     Variant,
     statistics_files,
 )
+from lrc.compressors.io.device_copies import copy_
 from lrc.compressors.io.files import new_file
 from lrc.compressors.io.freed_memory import drop_shared_pages
 from lrc.compressors.io.journal import Journal
@@ -44,9 +45,7 @@ VALUE_BYTES = 4
 """Of sums, hidden states and gradients."""
 
 
-def statistics_bytes(
-    architecture: Architecture, required: Required, *, stored: bool = True
-) -> list[int]:
+def statistics_bytes(architecture: Architecture, required: Required, *, stored: bool) -> list[int]:
     """Return the size of the required statistics of every layer on disk, or else in memory.
 
     The statistics of experts without tokens, which are known after calibration only, are included.
@@ -240,5 +239,5 @@ def _read(journal: Journal, piece: str, tensor: Tensor) -> None:
     with journal.path(piece).open("rb") as file:
         for window in tensor:
             values = np.fromfile(file, dtype=np.float32, count=prod(window.shape))
-            window.copy_(torch.from_numpy(values).view(window.shape))
+            copy_(window, torch.from_numpy(values).view(window.shape))
             drop_shared_pages(window)

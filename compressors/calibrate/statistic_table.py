@@ -11,7 +11,7 @@ from typing import NamedTuple, Self
 
 from torch import Tensor
 
-from lrc.compressors.calibrate.symmetric_storage import packed_shape
+from lrc.compressors.calibrate.symmetric_storage import packed_numbers
 from lrc.compressors.models.architecture import Linear
 from lrc.compressors.solvers.moments import Moment, Statistics
 
@@ -72,19 +72,19 @@ class Row:
     accumulate: Callable[[RunningSums, str, LinearBatch], None]
     shared: bool = False
     """Depends on the inputs only: collected once for all linears with the same input."""
+    symmetric: bool = False
+    """A second moment, of which one triangle is stored."""
 
-    @property
-    def symmetric(self) -> bool:
-        """Whether the sum is a second moment, of which one triangle is stored."""
-        return len({*self._sides}) < len(self._sides)
+    def numbers(self, linear: Linear, *, stored: bool) -> int:
+        """Return how many numbers the sum of a linear has, or how many of them are stored."""
+        sides: list[int] = [getattr(linear, side) for side in self.shape.strip("[]").split(", ")]
+        return packed_numbers(sides[0]) if stored and self.symmetric else prod(sides)
 
-    def shape_of(self, linear: Linear) -> tuple[int, ...]:
-        """Return the shape of the sum of a linear."""
-        return tuple(getattr(linear, side) for side in self._sides)
 
-    @property
-    def _sides(self) -> list[str]:
-        return self.shape.strip("[]").split(", ")
+def _second_moment(
+    shape: str, tokens: Callable[[LinearBatch], Tensor], *, shared: bool = False
+) -> Row:
+    return Row(shape, lambda s, k, b: s.add_square(k, tokens(b)), shared, symmetric=True)
 
 
 def _add_row_fisher(sums: RunningSums, key: str, batch: LinearBatch) -> None:
@@ -93,15 +93,15 @@ def _add_row_fisher(sums: RunningSums, key: str, batch: LinearBatch) -> None:
 
 
 FORWARD = {
-    "inputs": Row("[d_in, d_in]", lambda s, k, b: s.add_square(k, b.tokens), shared=True),
-    "image": Row("[d_out, d_out]", lambda s, k, b: s.add_square(k, b.y)),
+    "inputs": _second_moment("[d_in, d_in]", lambda batch: batch.tokens, shared=True),
+    "image": _second_moment("[d_out, d_out]", lambda batch: batch.y),
     "diagonal": Row("[d_in]", lambda s, k, b: s.add(k, b.tokens.square().sum(0)), shared=True),
     "input_mean": Row("[d_in]", lambda s, k, b: s.add(k, b.tokens.sum(0)), shared=True),
     "input_magnitude": Row("[d_in]", lambda s, k, b: s.add(k, b.tokens.abs().sum(0)), shared=True),
 }
 BACKWARD = {
-    "gradients": Row("[d_out, d_out]", lambda s, k, b: s.add_square(k, b.gradients)),
-    "image": Row("[d_in, d_in]", lambda s, k, b: s.add_square(k, b.gradients @ b.W)),
+    "gradients": _second_moment("[d_out, d_out]", lambda batch: batch.gradients),
+    "image": _second_moment("[d_in, d_in]", lambda batch: batch.gradients @ batch.W),
     "diagonal": Row("[d_out]", lambda s, k, b: s.add(k, b.gradients.square().sum(0))),
     "row_fisher": Row("[d_out]", _add_row_fisher),
 }
@@ -150,14 +150,13 @@ class LinearStatistics:
         selected = (f"{name}.{row}" for name, rows in self._rows.items() for row in rows)
         return {key: sums[key] for key in selected if key in sums}
 
-    def numbers(self, linears: Mapping[str, Linear], *, stored: bool = False) -> int:
+    def numbers(self, linears: Mapping[str, Linear], *, stored: bool) -> int:
         """Return how many numbers all sums have, or how many of them are stored."""
-        total = 0
-        for name, rows in self._rows.items():
-            for row in (self._table[each] for each in rows):
-                shape = row.shape_of(linears[name])
-                total += prod(packed_shape(shape[0]) if stored and row.symmetric else shape)
-        return total
+        return sum(
+            self._table[row].numbers(linears[name], stored=stored)
+            for name, rows in self._rows.items()
+            for row in rows
+        )
 
     @classmethod
     def forward(

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from math import prod
 from typing import Any, Self
 
 import torch
@@ -26,7 +25,7 @@ from lrc.compressors.calibrate.layer_executor import LayerExecutor
 from lrc.compressors.calibrate.statistic_table import Required
 from lrc.compressors.calibrate.symmetric_storage import (
     pack_symmetric,
-    packed_shape,
+    packed_numbers,
     unpack_symmetric,
 )
 from lrc.compressors.io.background_writes import BackgroundWrites
@@ -36,6 +35,8 @@ from lrc.compressors.solvers.linalg import tensor_cores
 from lrc.compressors.solvers.moments import Statistics, needed_tokens
 
 INPUTS, GRADIENTS = 0, 1  # indices of `statistics_files`
+COLUMN = ".column"
+"""Ending of the name of what `pack_symmetric` stores apart."""
 
 
 def collect(context: CalibrationContext, required: Required) -> None:
@@ -69,7 +70,7 @@ def load(
 
     Those of an expert with fewer tokens than `needed_tokens` have the number of tokens only.
     Without `with_inputs`, the second moment of its inputs is left out, unless the number of tokens
-    is scaled by it.
+    depends on whether there is one, as for experts and encoder-decoder models.
     """
     inputs, gradients = statistics_files(layer)
     facts = journal.read_facts(inputs) if journal.has(inputs) else {"leaders": {}}
@@ -82,9 +83,12 @@ def load(
     n_own = facts.get("received", {}).get(name, n_routed)
 
     def read(file: str, sums: Mapping[str, str]) -> dict[str, Tensor]:
-        found = journal.read_tensors(file, sums, device)
-        squares = {key: unpack_symmetric(found[key]) for key in found if table.is_symmetric(key)}
-        return found | squares
+        columns = {f"{stored}{COLUMN}": f"{key}{COLUMN}" for stored, key in sums.items()}
+        found = journal.read_tensors(file, {**sums, **columns}, device)
+        for key in {key for key in found if table.is_symmetric(key)}:
+            column = found.pop(f"{key}{COLUMN}", found[key][:0])
+            found[key] = unpack_symmetric(found[key], column)
+        return found
 
     sums = table.sum_names(table.FORWARD, name, leader)
     if not with_inputs and n_own is None:
@@ -299,17 +303,20 @@ def _write(
     sums: Mapping[str, Tensor],
     facts: dict[str, Any],
 ) -> None:
+    symmetric = {key for key in sums if table.is_symmetric(key.rpartition(".")[2])}
+
     def prepare() -> Callable[[], None]:
-        tensors = {}
-        for key, total in sums.items():
-            square = key in squares
-            tensors[key] = to_host(pack_symmetric(total) if square else total)
+        tensors = {key: to_host(total) for key, total in sums.items() if key not in symmetric}
+        for key in symmetric:
+            rectangle, column = pack_symmetric(sums[key])
+            tensors[key] = to_host(rectangle)
+            if column.numel():
+                tensors[f"{key}{COLUMN}"] = to_host(column)
         # A safetensors file needs at least one tensor.
         return partial(journal.write_tensors, file, tensors or {"none": torch.zeros(1)}, facts)
 
-    squares = {key for key in sums if table.is_symmetric(key.rpartition(".")[2])}
     n_bytes = sum(
-        x.itemsize * prod(packed_shape(len(x)) if key in squares else x.shape)
+        x.itemsize * (packed_numbers(len(x)) if key in symmetric else x.numel())
         for key, x in sums.items()
     )
     writes.add(n_bytes, prepare)

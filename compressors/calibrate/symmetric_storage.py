@@ -1,52 +1,57 @@
 """Symmetric matrices in half the space: rectangular full packed storage.
 
-The lower triangle of a matrix [n, n] fills a rectangle: its first ``k = ceil(n / 2)`` columns have
-a triangle of unused places above the diagonal, which takes the lower triangle of the remaining
-``n - k`` columns, transposed.
+The lower triangle of a matrix [n, n] fills a rectangle [n, k] with ``k = ceil(n / 2)``: its first k
+columns, whose triangle of ``k - 1`` unused columns above the diagonal takes the last ``k - 1``
+columns, transposed. If n is even, one column remains, which is stored apart: a rectangle of 2^m
+numbers takes no more than that in pinned memory, which PyTorch rounds up to a power of two.
 
 Reference: F. G. Gustavson et al., "Rectangular Full Packed Format for Cholesky's Algorithm", ACM
-TOMS 37(2), 2010, https://doi.org/10.1145/1731022.1731028.
+TOMS 37(2), 2010, https://doi.org/10.1145/1731022.1731028; there, the column is the first row of the
+rectangle.
 """
 
+import torch
 from torch import Tensor
 
 BLOCK = 1024
 """Rows that are mirrored at once."""
 
 
-def packed_shape(n: int) -> tuple[int, int]:
-    """Return the shape of the rectangle of a matrix [n, n]: n (n + 1) / 2 numbers."""
-    return n + 1 - n % 2, (n + 1) // 2
+def packed_numbers(n: int) -> int:
+    """Return how many numbers of a matrix [n, n] are stored."""
+    return n * (n + 1) // 2
 
 
-def pack_symmetric(H: Tensor) -> Tensor:
-    """Return the lower triangle of a matrix [n, n] as a rectangle, see `packed_shape`."""
+def pack_symmetric(H: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the lower triangle of a matrix [n, n] as a rectangle, and the column that remains.
+
+    The column is empty if n is odd.
+    """
     n = len(H)
-    packed = H.new_empty(packed_shape(n))
-    k = packed.shape[1]
-    packed[-n:] = H[:, :k]
-    corner = _corner(packed)
-    corner.copy_(corner.tril(-1).add_(H[k:, k:].mT.triu()))
-    return packed
+    k = (n + 1) // 2
+    rectangle = H[:, :k].clone(memory_format=torch.contiguous_format)
+    _corner(rectangle).tril_(-1).add_(H[n - k + 1 :, n - k + 1 :].mT.triu())
+    column = H[k:, k].contiguous() if n == 2 * k else H.new_empty(0)
+    return rectangle, column
 
 
-def unpack_symmetric(packed: Tensor) -> Tensor:
-    """Return the symmetric matrix [n, n] of a rectangle."""
-    rows, k = packed.shape
-    n = 2 * k if rows > 2 * k else rows
-    H = packed.new_empty(n, n)
-    H[:, :k] = packed[-n:]
-    H[k:, k:] = _corner(packed).mT
+def unpack_symmetric(rectangle: Tensor, column: Tensor) -> Tensor:
+    """Return the symmetric matrix [n, n] that was packed."""
+    n, k = rectangle.shape
+    H = rectangle.new_empty(n, n)
+    H[:, :k] = rectangle
+    if n == 2 * k:
+        H[k:, k] = column
+    H[n - k + 1 :, n - k + 1 :] = _corner(rectangle).mT
     for start in range(0, n, BLOCK):  # the lower triangle is complete; mirror it
         block = slice(start, min(start + BLOCK, n))
-        square = H[block, block]
-        square.copy_(square.tril() + square.tril(-1).mT)
+        square = H[block, block].tril_()
+        square.add_(square.tril(-1).mT)
         H[block, block.stop :] = H[block.stop :, block].mT
     return H
 
 
-def _corner(packed: Tensor) -> Tensor:
-    """Return the square whose upper triangle has the last columns, transposed."""
-    rows, k = packed.shape
-    odd = int(rows < 2 * k)
-    return packed[: k - odd, odd:]
+def _corner(rectangle: Tensor) -> Tensor:
+    """Return the square [k - 1, k - 1] whose upper triangle has the last columns, transposed."""
+    k = rectangle.shape[1]
+    return rectangle[: k - 1, 1:]

@@ -20,6 +20,7 @@ from lrc.compressors.calibrate.layer_executor import LayerExecutor
 from lrc.compressors.compress.group import CompressedGroup
 from lrc.compressors.evaluate.agreement import kl_divergence, log_probabilities
 from lrc.compressors.evaluate.perplexity import PIECE
+from lrc.compressors.io.device_copies import copy_, on_device
 from lrc.compressors.planning.tasks import LayerTask
 from lrc.configs.size import GIB
 
@@ -118,7 +119,7 @@ class LayerEffects:
         for index in range(self._dense.done, n_layers):
             begun = [_Changed(self.compress(task), next(free)) for task in tasks.get(index, ())]
             for each in begun:
-                each.states.copy_(dense)
+                copy_(each.states, dense)
             changed += begun
             with executor.layer(index):
                 for each in changed:
@@ -131,7 +132,7 @@ class LayerEffects:
             if index == last and self._final is None:
                 # Those after the last layer serve all later calls; go on with a copy.
                 dense = ActivationCache(self.context, "final", executor.shape).tensor
-                dense.copy_(self._dense.tensor)
+                copy_(dense, self._dense.tensor)
         if self._final is None:
             self._final = dense
         return changed
@@ -149,7 +150,7 @@ class LayerEffects:
                     def predictions(
                         states: Tensor, number: int = number, rows: slice = rows
                     ) -> Tensor:
-                        hidden = states[number, rows].to(self.context.device)
+                        hidden = on_device(states[number, rows], self.context.device)
                         ids = executor.tokens[number, rows]
                         return log_probabilities(executor.logits(hidden[None], ids[None])[0])
 

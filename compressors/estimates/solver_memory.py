@@ -20,7 +20,8 @@ CHOLESKY = 1
 SEARCH_MATRICES, SEARCH_SQUARES = 11, 1
 """Matrices of the size of the weight, and times both metrics, while a mask is searched: mask,
 multipliers, error and the vectors of conjugate gradients in float32; both metrics and their
-inverses in float32, which together take as much as the metrics in float64."""
+inverses in float32, which together take as much as the metrics in float64. So do, for a large
+weight on a GPU, a copy in float32 and two in float16."""
 STACKED_MATRICES, STACKED_SQUARES = 12, 2
 """The same for a stack of weights, whose metrics in float64 are kept."""
 GPTQ_START_SQUARES = 3
@@ -76,11 +77,14 @@ def moments(task: LayerTask) -> int:
     return VALUE_BYTES * sum(_squares(task))
 
 
-def _squares(task: LayerTask) -> tuple[int, int]:
-    """Return the numbers of both moments of a task; 0 for one that it does not need."""
+def _squares(task: LayerTask, *, fitted: bool = False) -> tuple[int, int]:
+    """Return the numbers of both moments of a task; 0 for one that it does not need.
+
+    A weight that has been fitted has the whole moment of its inputs.
+    """
     d_out, d_in = task.stacked_shape
     whole = any(name.startswith("whole_") for name in task.statistics)
-    near = d_in if whole else min(d_out, d_in)
+    near = d_in if whole or fitted else min(d_out, d_in)
     far = d_out if whole else min(d_out, d_in)
     return ("inputs" in task.statistics) * near**2, ("gradients" in task.statistics) * far**2
 
@@ -104,23 +108,29 @@ def _curves(work: Workload, tasks: list[LayerTask]) -> int:
     short, _ = sides(task)
     for types, part in _parts(work, task).items():
         if isinstance(part, FixedSizeMethod):
-            found = max(found, _fixed_size(work, task, part, len(tasks)))
+            found = max(found, _fixed_size(work, task, part, len(tasks), _squares(task)))
         elif {types} & {*LOW_RANK_TYPES}:  # one after the other: the Gram matrix and its factors
             squares = 4 + (CHOLESKY if work.kind == "cuda" else 0)
             found = max(found, DOUBLE * (numbers(task) + squares * short**2))
     return len(tasks) * _given(work, task) + found
 
 
-def _fixed_size(work: Workload, task: LayerTask, part: FixedSizeMethod, count: int) -> int:
-    """Return the memory of a fixed-size method for `count` equal tasks."""
-    matrix, both = DOUBLE * numbers(task), DOUBLE * sum(_squares(task))
+def _fixed_size(
+    work: Workload,
+    task: LayerTask,
+    part: FixedSizeMethod,
+    count: int,
+    squares: tuple[int, int],
+) -> int:
+    """Return the memory of a fixed-size method for `count` equal tasks, see `_squares`."""
+    matrix, both = DOUBLE * numbers(task), DOUBLE * sum(squares)
     if not isinstance(part, Pruning):
         return 8 * matrix + 3 * both
     if count > 1:
         return count * (STACKED_MATRICES * matrix + STACKED_SQUARES * both)
     # Before the search: the metric, as it is and scaled, and the factor of the larger moment with
     # its inverse in float32, or the memory of the factorization.
-    larger = DOUBLE * max(_squares(task))
+    larger = DOUBLE * max(squares)
     factored = 2.0 if work.kind == "cuda" else 1.5
     start = round(2 * both + factored * larger + 2 * matrix)
     # After it, energies are in the metric in float64: its larger moment is being damped.
@@ -137,31 +147,37 @@ def _solutions(work: Workload, tasks: list[LayerTask]) -> int:
     return _given(work, task) + _solution(work, task)
 
 
-def _solution(work: Workload, task: LayerTask) -> int:
-    """Return the memory of one solution, besides the weight and its statistics as they are read."""
+def _solution(work: Workload, task: LayerTask, *, fitted: bool = False) -> int:
+    """Return the memory of one solution, besides the weight and its statistics as they are read.
+
+    Of a weight that has been fitted, low-rank and quantization solvers need another copy of the
+    moment of the inputs in float64, while that from which it was made remains.
+    """
     short, _ = sides(task)
-    matrix, found = DOUBLE * numbers(task), 0
+    matrix, square = DOUBLE * numbers(task), DOUBLE * task.stacked_shape[1] ** 2
+    squares, found, copied = _squares(task, fitted=fitted), 0, square if fitted else 0
     for types, part in _parts(work, task).items():
         if isinstance(part, FixedSizeMethod):
-            found = max(found, _fixed_size(work, task, part, 1))
+            found = max(found, _fixed_size(work, task, part, 1, squares))
         elif {types} & {*LOW_RANK_TYPES}:  # the factors, those to store, and what they solve for
-            both = DOUBLE * sum(_squares(task))
-            found = max(found, 3 * matrix + both + 6 * DOUBLE * short**2)
+            both = DOUBLE * sum(squares)
+            found = max(found, copied + 3 * matrix + both + 6 * DOUBLE * short**2)
     if task.quantize is not None:
-        square = DOUBLE * task.stacked_shape[1] ** 2
-        squares = GPTQ_START_SQUARES + (CHOLESKY if work.kind == "cuda" else 0)
+        start = GPTQ_START_SQUARES + (CHOLESKY if work.kind == "cuda" else 0)
         after = round(DESCENT_MATRICES[work.kind] * matrix)
-        found = max(found, matrix + squares * square, after + square)
+        found = max(found, copied + matrix + start * square, copied + after + square)
     return found
 
 
 def _refit(work: Workload, task: LayerTask) -> int:
     """Return the memory of a compensated task, besides the layer that has its compressed weights.
 
-    Its inputs have a whole moment, which the fit factors in float64, and of which the solver of a
-    low rank makes another copy.
+    The fit factors the whole moment of its inputs in float64. The fitted weight, in float64, is
+    compressed with this moment instead of that of the dense model.
     """
     matrix, square = DOUBLE * numbers(task), DOUBLE * task.shape[1] ** 2
-    squares = 2 + (CHOLESKY if work.kind == "cuda" else 0)
-    solving = _solution(work, task) + matrix + square
-    return sums_of_inputs(task) + _given(work, task) + max(2 * matrix + squares * square, solving)
+    factored = 2 + (CHOLESKY if work.kind == "cuda" else 0)
+    fitting = work.itemsize * numbers(task) + 2 * matrix + factored * square
+    gradients = VALUE_BYTES * _squares(task)[1]
+    solving = gradients + matrix + _solution(work, task, fitted=True)
+    return sums_of_inputs(task) + max(fitting, solving)

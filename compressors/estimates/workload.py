@@ -265,7 +265,7 @@ class Workload:
     @cached_property
     def statistics_bytes(self) -> list[int]:
         """Statistics of every layer on disk."""
-        return statistics_bytes(self.architecture, self.statistics)
+        return statistics_bytes(self.architecture, self.statistics, stored=True)
 
     @cached_property
     def sum_bytes(self) -> list[int]:

@@ -100,7 +100,7 @@ class BlockFit:
             ActivationCache(third, name, self._executor.shape).tensor
             for name in ("states", "compressed")
         )
-        self._healed.copy_(self._dense)
+        copy_(self._healed, self._dense)
         self._before = self._dense[: self._n_held_out].clone()
         self._start = time.monotonic()
 

@@ -1,7 +1,8 @@
 """Copies between host and GPU through pinned memory.
 
-A GPU copies pinned memory five times as fast as pageable memory, and while the host goes on. The
-host itself copies between pinned memory, which PyTorch reuses, and other memory with all threads.
+A GPU copies pinned memory five times as fast as pageable memory, without the host, which meanwhile
+does something else. Between pinned memory, which PyTorch reuses, and other memory the host copies
+with several threads.
 """
 
 from collections import deque
@@ -30,7 +31,7 @@ def to_host(tensor: Tensor) -> Tensor:
 def to_device(
     tensor: Tensor, device: str | torch.device, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """Return a copy of a tensor on the CPU, on any device.
+    """Return a copy, on any device, of a tensor that is on the CPU.
 
     A copy even on the CPU: the pages of a mapped file that were touched stay in memory as long as
     the file is mapped.
@@ -43,7 +44,10 @@ def to_device(
 def on_device(
     tensor: Tensor, device: str | torch.device, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """Return a tensor on a device as `Tensor.to` does, converted there."""
+    """Return a tensor on a device as `Tensor.to` does, converted there.
+
+    Gradients do not go through it from a CPU to a GPU.
+    """
     if tensor.is_cuda or torch.device(device).type != "cuda":
         return tensor.to(device, dtype)
     out = torch.empty_like(tensor, device=device)

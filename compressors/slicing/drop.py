@@ -158,10 +158,10 @@ def _search_by_perplexity(
                     executor.advance_(index, states)
 
         while len(kept) > n_kept:
-            reached.copy_(inputs)
+            copy_(reached, inputs)
             found: dict[int, float] = {}
             for place, layer in enumerate(kept):
-                states.copy_(reached)
+                copy_(states, reached)
                 advance(states, kept[place + 1 :])
                 found[layer] = _mean_loss(executor, states)
                 check_finite(found[layer], f"the loss without {names[layer]}")

@@ -162,7 +162,7 @@ def mlp_loss_curves(context: CalibrationContext, mlps: list[Mlp], *, damp: float
     with torch.enable_grad():
         statistics.collect(context, {mlp.output: REQUIRED_STATISTICS for mlp in mlps})
     for layer, mlp in enumerate(mlps):
-        known = statistics.load(journal, layer, mlp.output).to(device)
+        known = statistics.load(journal, layer, mlp.output, device)
         assert known.inputs is not None, "they were requested"
         assert known.gradients is not None, "they were requested"
         C, G = (m.whole() / known.n_tokens for m in (known.inputs, known.gradients))

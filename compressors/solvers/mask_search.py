@@ -42,8 +42,8 @@ STEPS, OUTER_STEPS = 6, 12
 STEPS_IN_METRIC, CURVE_STEPS_IN_METRIC = 24, 6
 # Numbers of a weight from which products are in half precision, on a GPU. Smaller ones are limited
 # by the launches of kernels. In half precision, the energies of six matrices of SmolLM2-135M (kfac)
-# change by at most 0.2 %, or get lower by up to 1.4 %; those of q in layer 1, whose search is the
-# most unstable, change by 3 % in either direction.
+# are at most 0.2 % higher and 1.4 % lower. Those of q in layer 1, whose search is the least stable,
+# change by up to 5 % in either direction.
 HALF_FROM = 2**22
 # Lower bound for the energy of a channel, as a fraction of the mean.
 DEAD = 1e-12
@@ -114,7 +114,7 @@ class MaskSearch:
         unit = unit / torch.where(size > 0, size, 1)
         W = (W * unit).to(single)
         a, b = inverse.diagonals(W)
-        metric = scaled.to(single)
+        metric = scaled.to(single).laid_out()
         half = W.is_cuda and W.shape[-2] * W.shape[-1] >= HALF_FROM
         rounded, inverse = (_for_products(each, half=half) for each in (metric, inverse))
         return cls(W, unit, metric, rounded, inverse, a * b, pattern, fallback)

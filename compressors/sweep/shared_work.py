@@ -139,7 +139,7 @@ class SharedWork:
             plan.allocations,
             session.models.reader,
             journal,
-            lambda weight: statistics.load(source, weight.layer, weight.name),
+            lambda weight: statistics.load(source, weight.layer, weight.name, session.device),
             device=session.device,
             on_step=session.on_step,
         )

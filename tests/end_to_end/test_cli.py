@@ -53,6 +53,29 @@ def test_an_invalid_recipe_is_refused_without_loading_them(tmp_path: Path) -> No
     assert "no such file" in done.stderr
 
 
+DETAILS = """
+import logging, sys
+from lrc.cli.main import main
+sys.argv = ["lrc", *{arguments}, "recipes", "list"]
+try:
+    main()
+except SystemExit:
+    pass
+logging.getLogger("lrc.compressors.kernels").info("a detail")
+logging.getLogger("lrc.compressors.kernels").warning("a warning")
+logging.getLogger("another.library").info("of another library")
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [([], "a warning\n"), (["--verbose"], "info: a detail\nwarning: a warning\n")],
+    ids=["plain", "verbose"],
+)
+def test_details_are_shown_if_wanted(arguments: list[str], shown: str) -> None:
+    assert python(DETAILS.format(arguments=arguments)).stderr == shown
+
+
 def test_help_names_every_command_and_exit_code() -> None:
     done = python(HELP.format(arguments=["--help"], heavy=HEAVY), COLUMNS="100")
     for word in (

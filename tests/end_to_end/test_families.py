@@ -15,6 +15,9 @@ from safetensors.torch import load_file, save_file
 from tests.shared_runs import made_once
 from torch import Tensor, nn
 
+from lrc.compressors.calibrate.statistic_table import is_symmetric
+from lrc.compressors.calibrate.statistics import COLUMN
+from lrc.compressors.calibrate.symmetric_storage import unpack_symmetric
 from lrc.compressors.planning.summary import summarize
 
 BITS = {"BF16": 16, "F16": 16, "F32": 32, "I16": 16, "U8": 8}
@@ -43,6 +46,11 @@ def moments_of(run: Any, kind: str) -> Iterator[tuple[str, dict[str, Tensor], di
         if kind == "inputs":
             assert facts["n_tokens"] == run.tokens.numel()
         tensors = load_file(file)
+        columns = {key: tensors.pop(key) for key in [*tensors] if key.endswith(COLUMN)}
+        for key in tensors:
+            if is_symmetric(key.rpartition(".")[2]):
+                column = columns.get(f"{key}{COLUMN}", tensors[key][:0])
+                tensors[key] = unpack_symmetric(tensors[key], column)
         owners = facts.get("leaders") or {key.rpartition(".")[0]: "" for key in tensors}
         for name, leader in owners.items():
             yield name, tensors, {"own": name, "shared": leader or name}

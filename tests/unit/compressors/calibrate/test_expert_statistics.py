@@ -124,7 +124,7 @@ def test_inputs_are_weighted_by_the_router(model, seen, collected):
             close(found.inputs.full, (gates * v).T @ (gates * v))
 
 
-def test_moments_of_inputs_are_kept_where_they_scale_the_number_of_tokens(collected):
+def test_moments_of_inputs_are_kept_where_the_number_of_tokens_depends_on_them(collected):
     journal, name = collected("inputs", "whole_inputs", "gradients"), f"{PREFIX}.0.gate_up_proj"
     whole = statistics.load(journal, 1, name)
     assert statistics.load(journal, 1, name, with_inputs=False).n_tokens == whole.n_tokens

@@ -78,11 +78,12 @@ def test_a_mask_search_takes_the_estimated_memory(
     else:
         found = live_bytes(lambda: part.solve(weights[0], known[0], sizes[0], **options))
     monkeypatch.setattr(solver_memory, "numbers", lambda task: d_out * d_in)
-    monkeypatch.setattr(solver_memory, "_squares", lambda task: (d_in**2, d_out**2))
     given = len(weights) * (2 * d_out * d_in + 4 * (d_in**2 + d_out**2))
     work: Any = type("Work", (), {"kind": "cpu"})
     task: Any = None
-    expected = given + solver_memory._fixed_size(work, task, part, max(count, 1))
+    expected = given + solver_memory._fixed_size(
+        work, task, part, max(count, 1), (d_in**2, d_out**2)
+    )
     assert found == pytest.approx(expected, rel=0.1)
 
 

@@ -69,6 +69,18 @@ def test_numbers_of_an_inverse_are_in_the_range() -> None:
     assert inverse.G.isfinite().all()
 
 
+def test_inverses_beyond_the_range_are_limited_to_it() -> None:
+    """As they are without damping if most channels have no energy: their diagonals are 0."""
+    H = torch.diag(torch.tensor([1.0] + [0.0] * 47).double())
+    inverse = Metric(H).inverse(SEARCH_DAMP, torch.float32)[0]
+    assert inverse.H is not None
+    assert inverse.H.max() > torch.finfo(torch.float16).max
+    E = torch.zeros(32, 48)
+    E[:, 0] = 1
+    found = HalfPrecisionMetric.of(inverse)(E)
+    torch.testing.assert_close(found, E @ inverse.H, rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("rows", [None, slice(None, None, 4)], ids=["all", "sampled"])
 def test_a_search_finds_masks_as_good(rows: slice | None, monkeypatch: pytest.MonkeyPatch) -> None:
     W = normal(128, 96, seed=0).double()

@@ -70,6 +70,26 @@ def test_curves_of_a_sample_are_near_those_of_all_rows(
     assert not torch.equal(sample, every)
 
 
+@pytest.mark.parametrize("in_sample", [True, False])
+def test_a_weight_that_has_zeros_already_is_searched_as_a_whole(
+    in_sample: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the largest size nothing is lost: the ratio to the sample is 0, or not finite."""
+    W = normal(D_OUT, D_IN, seed=0)
+    W[W.abs() < W.abs().quantile(0.12)] = 0
+    rows = torch.arange(D_OUT) % ROW_STRIDE == 0
+    if not in_sample:
+        W[rows] = normal(int(rows.sum()), D_IN, seed=1)
+    sizes = [int((W != 0).sum()), *SIZES[1:]]
+    H, G = correlated(D_IN, 1), correlated(D_OUT, 2)
+    found = []
+    for sampled_from in (0, D_OUT * D_IN + 1):
+        monkeypatch.setattr(sampled_curves, "SAMPLED_FROM", sampled_from)
+        found.append(prune_curve(W, H, G, nonzeros=sizes, **DAMPING))
+    assert found[0] == found[1]
+    assert all(energy >= 0 for energy in found[0])
+
+
 def test_a_sample_unlike_its_weight_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     weights = [normal(D_OUT, D_IN, seed=seed) for seed in range(3)]
     weights[1][::ROW_STRIDE, ::2] = 0  # whose first half costs nothing
