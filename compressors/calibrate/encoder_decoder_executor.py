@@ -120,8 +120,8 @@ class EncoderDecoderExecutor(LayerExecutor):
         `rows` must be one of the batches. For `layer`, see `LayerExecutor.apply`.
         """
         n = self.sentences.n_source
-        own = self._run(index, hidden, layer, rows)
         hidden = on_device(hidden, self.context.device, self.dtype)
+        own = self._run(index, hidden, layer, rows)
         if index >= self.architecture.n_encoder:
             return torch.cat([hidden[:, :n], own], dim=1)
         if index == self.architecture.n_encoder - 1:

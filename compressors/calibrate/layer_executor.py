@@ -132,7 +132,7 @@ class LayerExecutor(ResidentModules):
         """Do the same as `embed_`, within `around_layers`."""
 
         def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            copy_(states[rows], args[0] if args else kwargs["hidden_states"])
+            copy_(states[rows], first_argument(*args, **kwargs))
             raise ForwardEnded
 
         first = self.architecture.layers[0]

@@ -85,7 +85,7 @@ def load(
     def read(file: str, sums: Mapping[str, str]) -> dict[str, Tensor]:
         columns = {f"{stored}{COLUMN}": f"{key}{COLUMN}" for stored, key in sums.items()}
         found = journal.read_tensors(file, {**sums, **columns}, device)
-        for key in {key for key in found if table.is_symmetric(key)}:
+        for key in [key for key in found if table.is_symmetric(key)]:
             column = found.pop(f"{key}{COLUMN}", found[key][:0])
             found[key] = unpack_symmetric(found[key], column)
         return found
@@ -306,10 +306,10 @@ def _write(
     symmetric = {key for key in sums if table.is_symmetric(key.rpartition(".")[2])}
 
     def prepare() -> Callable[[], None]:
-        tensors = {key: to_host(total) for key, total in sums.items() if key not in symmetric}
-        for key in symmetric:
-            rectangle, column = pack_symmetric(sums[key])
-            tensors[key] = to_host(rectangle)
+        tensors = {}
+        for key, total in sums.items():
+            stored, column = pack_symmetric(total) if key in symmetric else (total, total[:0])
+            tensors[key] = to_host(stored)
             if column.numel():
                 tensors[f"{key}{COLUMN}"] = to_host(column)
         # A safetensors file needs at least one tensor.

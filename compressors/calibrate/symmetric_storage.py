@@ -36,8 +36,10 @@ def pack_symmetric(H: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def unpack_symmetric(rectangle: Tensor, column: Tensor) -> Tensor:
-    """Return the symmetric matrix [n, n] that was packed."""
+    """Return the symmetric matrix [n, n] that was packed; a square is one that was not."""
     n, k = rectangle.shape
+    if n == k:
+        return rectangle
     H = rectangle.new_empty(n, n)
     H[:, :k] = rectangle
     if n == 2 * k:

@@ -51,7 +51,7 @@ def compress_layers(
     plan : Plan
         Without pending tasks.
     statistics : callable
-        Returns the calibration statistics of a weight.
+        Returns the calibration statistics of a weight, on `device`.
     prefix : Prefix, optional
         Required if a task compensates.
     finished : callable

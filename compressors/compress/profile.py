@@ -81,7 +81,7 @@ def profile_plan(
     plan : Plan
         Without pending tasks.
     statistics : callable
-        Returns the calibration statistics of a weight.
+        Returns the calibration statistics of a weight, on the device of `context`.
     context : CalibrationContext
         Of the model that is compressed, with the windows over which losses are measured.
 

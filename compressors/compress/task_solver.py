@@ -86,34 +86,32 @@ class TaskSolver:
             deficit=measured.deficit.get(task.name),
             residual=compensate.residual,
         )
-        inputs = Moment.of(measured.H)
-        if n_tokens is not None and task.statistics:  # to their scale, see `build_statistics`
-            inputs = inputs.scaled(self.statistics(task.weights[0]).n_tokens / n_tokens)
         if not task.config.compressed:
             return refit_dense(task, V, W.dtype, note)
-        return self._group(task, [V], W.dtype, inputs=inputs), note
+        return self._group(task, [V], W.dtype, measured), note
 
     def _group(
         self,
         task: LayerTask,
         weights: list[Tensor],
         dtype: torch.dtype,
-        *,
-        inputs: Moment | None = None,
+        measured: PrefixMoments | None = None,
     ) -> WeightGroup:
-        """Return weights and their statistics; `inputs` replaces those of the dense model."""
-        replaced = inputs is not None and "inputs" in solver_statistics(task)
+        """Return weights and their statistics; `measured` replaces inputs of the dense model."""
+        replaced = measured is not None and "inputs" in solver_statistics(task)
         less = {"with_inputs": False} if replaced else {}
         known = [
             self.statistics(w, **less) if task.statistics else Statistics() for w in task.weights
         ]
-        if replaced:
+        if measured is not None and replaced:
+            inputs, n_tokens = Moment.of(measured.H), measured.n_tokens
+            if n_tokens is not None and task.statistics:  # to their scale, see `build_statistics`
+                inputs = inputs.scaled(known[0].n_tokens / n_tokens)
             known = [replace(each, inputs=inputs) for each in known]
         bias = None
         if task.config.bias and task.source_bias:
             bias = self.reader.read(f"{task.name}.bias", device=self.device)
-        on_device = [each.to(self.device) for each in known]
-        return WeightGroup(task, weights, on_device, dtype, self.seed, bias)
+        return WeightGroup(task, weights, known, dtype, self.seed, bias)
 
     def _weight(self, weight: Weight) -> Tensor:
         return self.reader.read(f"{weight.name}.weight", device=self.device)

@@ -57,7 +57,7 @@ def allocate(
     Parameters
     ----------
     statistics : callable
-        Returns the calibration statistics of a weight.
+        Returns the calibration statistics of a weight, on `device`.
     predict_all : bool
         Predict the losses of tasks with known configurations too, unless known.
     finished : callable

@@ -193,7 +193,6 @@ def _curves(
         if note is not None:
             found[task.name] = Curve(torch.zeros(min(W.shape), dtype=torch.float64), 0, note)
             continue
-        per_weight = [each.to(device) for each in per_weight]
         zero = has_zero_statistics(per_weight)
         known.append(_Known(task, W, combined(per_weight), zero))
     if known:

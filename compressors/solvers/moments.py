@@ -5,13 +5,11 @@ Everything is a sum over tokens, so that batches can be added; `n_tokens` is sto
 
 import math
 from collections.abc import Collection
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Self
 
 import torch
 from torch import Tensor
-
-from lrc.compressors.io.device_copies import on_device
 
 TOKEN_CAP = 10.0
 """Energy ``|x|^2`` above this multiple of the window's median is capped. In layers without massive
@@ -66,20 +64,7 @@ def token_weights(x: Tensor, window: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Tensors:
-    def to(self, device: torch.device | str) -> Self:
-        """Return a copy on another device."""
-        found = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved = {
-            k: on_device(v, device) if isinstance(v, Tensor) else v.to(device)
-            for k, v in found.items()
-            if isinstance(v, Tensor | _Tensors)
-        }
-        return replace(self, **moved)
-
-
-@dataclass(frozen=True)
-class Moment(_Tensors):
+class Moment:
     """Second moment of one side of a linear layer, summed over tokens.
 
     At least one of `full` and `image` is present. The image is the moment multiplied by the weight
@@ -189,7 +174,7 @@ def without_empty(
 
 
 @dataclass(frozen=True)
-class Statistics(_Tensors):
+class Statistics:
     """Statistics of a linear layer; None if not requested, or if the layer received no token."""
 
     n_tokens: int = 0

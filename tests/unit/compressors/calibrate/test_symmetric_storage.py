@@ -26,6 +26,13 @@ def test_a_matrix_comes_back_from_its_lower_triangle(
     assert torch.equal(X, given)
 
 
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_a_whole_matrix_stays_as_it_is(n: int) -> None:
+    """As in the journal of a run that another version has begun."""
+    X = torch.randn(n, n, generator=torch.Generator().manual_seed(n))
+    assert torch.equal(unpack_symmetric(X, X[:0]), X)
+
+
 def test_the_numbers_are_those_of_the_lower_triangle() -> None:
     """In the places of LAPACK's examples of orders 6 and 5; 43 is row 4, column 3."""
     i, j = torch.meshgrid(torch.arange(6), torch.arange(6), indexing="ij")
