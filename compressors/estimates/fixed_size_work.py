@@ -1,6 +1,7 @@
-"""Work of the methods that are solved at given sizes: multiply-adds, and operations on a GPU."""
+"""Seconds of the methods that are solved at given sizes."""
 
-from lrc.compressors.estimates.workload import Workload, by_layer
+from lrc.compressors.estimates.machine_rates import MachineRates
+from lrc.compressors.estimates.workload import Workload, by_layer, numbers
 from lrc.compressors.methods.base import FixedSizeMethod
 from lrc.compressors.methods.table import METHODS
 from lrc.compressors.planning.measures import BITS
@@ -16,17 +17,43 @@ OPERATION_SECONDS = {"cpu": 0.0, "cuda": 1.5e-5}
 matrix takes on a GPU: from the searches for the masks of SmolLM2-135M (H200)."""
 
 
-def fixed_size_flops(plan: Plan) -> tuple[int, int]:
-    """Return the multiply-adds of fixed-size methods: for curves, and for the final solutions.
+def curve_seconds(work: Workload, rates: MachineRates) -> float:
+    """Return the seconds of the curves from which an allocator chooses; 0 if there are none."""
+    started = 0.0  # equal tasks of a layer are searched together
+    for tasks in by_layer(work.pending):
+        for batch in curve_batches(tasks, work.device):
+            started += _operations(batch[0], _task_flops(work.plan, batch[0])[0])
+    flops = [(task, _task_flops(work.plan, task)[0]) for task in work.tasks]
+    return _seconds(work, rates, flops, started)
+
+
+def solution_seconds(work: Workload, rates: MachineRates) -> float:
+    """Return the seconds of the final solutions.
 
     Where an allocator has yet to choose, the most expensive components count.
     """
-    found = [_task_flops(plan, task) for task in plan.tasks if task.compressed]
-    return sum(curve for curve, _ in found), sum(solution for _, solution in found)
+    flops = [(task, _task_flops(work.plan, task)[1]) for task in work.tasks]
+    return _seconds(work, rates, flops, sum(_operations(*each) for each in flops))
+
+
+def _seconds(
+    work: Workload, rates: MachineRates, flops: list[tuple[LayerTask, int]], started: float
+) -> float:
+    """Return the time to compute, or that to start the operations if it is longer."""
+    products = 2 * sum(count for _, count in flops) / rates.products
+    elementwise = sum(
+        _operations(task, count) * numbers(task) for task, count in flops if _has_mask(task)
+    )
+    return max(products + elementwise / rates.elementwise, OPERATION_SECONDS[work.kind] * started)
+
+
+def _has_mask(task: LayerTask) -> bool:
+    """Return whether the method searches for masks; other methods mostly compute products."""
+    return any("sparse" in types for types in METHODS[task.method].parts)
 
 
 def _task_flops(plan: Plan, task: LayerTask) -> tuple[int, int]:
-    """Return those of one task."""
+    """Return the multiply-adds of a task: for its curves, and for its final solution."""
     allocation = None if task.allocation is None else plan.allocations[task.allocation]
     wanted = (task.config.types,) if allocation is None else allocation.types
     curve = largest = 0
@@ -45,20 +72,6 @@ def _task_flops(plan: Plan, task: LayerTask) -> tuple[int, int]:
             final = [steps.config(step).sizes] if step else []
         largest = max(largest, part.flops(*task.stacked_shape, final, curve=False, **options))
     return curve, largest
-
-
-def curve_operations(work: Workload) -> float:
-    """Return the operations of the curves of fixed-size methods; equal tasks share them."""
-    found = 0.0
-    for tasks in by_layer(work.pending):
-        for batch in curve_batches(tasks, work.device):
-            found += _operations(batch[0], _task_flops(work.plan, batch[0])[0])
-    return found
-
-
-def solution_operations(work: Workload) -> float:
-    """Return the operations of the final solutions of fixed-size methods."""
-    return sum(_operations(task, _task_flops(work.plan, task)[1]) for task in work.tasks)
 
 
 def _operations(task: LayerTask, flops: int) -> float:

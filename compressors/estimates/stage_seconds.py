@@ -15,12 +15,7 @@ from lrc.compressors.calibrate.sequential_calibration import EXPERT_BYTES
 from lrc.compressors.checkpoint.writer import MAX_SHARD_BYTES
 from lrc.compressors.compress.layerwise import relative_cost
 from lrc.compressors.distributed.processes import Processes
-from lrc.compressors.estimates.fixed_size_work import (
-    OPERATION_SECONDS,
-    curve_operations,
-    fixed_size_flops,
-    solution_operations,
-)
+from lrc.compressors.estimates.fixed_size_work import curve_seconds, solution_seconds
 from lrc.compressors.estimates.machine_rates import MachineRates, dequantizing_rate
 from lrc.compressors.estimates.workload import Workload, numbers, sides
 from lrc.compressors.methods.base import LOW_RANK_TYPES
@@ -52,8 +47,9 @@ MATRIX_SECONDS = {"cpu": 0.0, "cuda": 0.01}
 solved by some dozens of operations there (H200)."""
 READING_TEXT = 0.5
 """Seconds to read and tokenize a text."""
-LOADING = 0.2
-"""Seconds to load a tokenizer and make a model, besides reading its weights."""
+LOADING = {"cpu": 0.2, "cuda": 0.3}
+"""Seconds to load a tokenizer and make a model, besides reading its weights; on a GPU, its first
+operations start slowly, too."""
 
 
 def stage_seconds(work: Workload, rates: MachineRates) -> dict[str, float]:
@@ -75,19 +71,16 @@ def stage_seconds(work: Workload, rates: MachineRates) -> dict[str, float]:
     calibration = _calibration(work, rates) if work.statistics else 0.0
     if work.statistics and work.segments is None:
         seconds["calibrate"] = calibration
-    curves, solutions = fixed_size_flops(plan)
     pending = [task for task in work.pending if _low_rank(task)]
+    curves = curve_seconds(work, rates)
     if pending or curves:
-        started = OPERATION_SECONDS[work.kind] * curve_operations(work)
-        seconds["allocate"] = max(2 * curves / rates.products, started)
-        seconds["allocate"] += _reading(work.pending, work, rates)
+        seconds["allocate"] = curves + _reading(work.pending, work, rates)
         seconds["allocate"] += MATRIX_SECONDS[work.kind] * len(work.pending)
         seconds["allocate"] += sum(_spectrum(task, rates, values=True) for task in pending)
         seconds["allocate"] += _schemes(work, rates)
         seconds["allocate"] *= _layer_share(work)
     if work.tasks:
-        started = OPERATION_SECONDS[work.kind] * solution_operations(work)
-        solving = max(2 * solutions / rates.products, started) + _solutions(work, rates)
+        solving = solution_seconds(work, rates) + _solutions(work, rates)
         solving += _reading(work.tasks, work, rates) + MATRIX_SECONDS[work.kind] * len(work.tasks)
         seconds["compress"] = solving * (
             _input_share(work) if work.compensated else _layer_share(work)
@@ -111,7 +104,8 @@ def stage_seconds(work: Workload, rates: MachineRates) -> dict[str, float]:
     if work.scored_tokens:
         a_token = 2 * plan.dense_parameters / (EFFICIENCY * rates.model_products)
         a_token *= work.scored_share
-        models, loading = 1 + work.evaluate.dense, LOADING + plan.dense_bytes / rates.reading
+        models = 1 + work.evaluate.dense
+        loading = LOADING[work.kind] + plan.dense_bytes / rates.reading
         seconds["evaluate"] = a_token * (models * work.scored_tokens + 2 * work.compared_tokens)
         compared = 12 * work.compared_tokens * work.vocabulary * work.scored_share
         seconds["evaluate"] += compared / rates.elementwise

@@ -1,6 +1,7 @@
 """Estimates as arithmetic, against bytes that are counted independently or were really used."""
 
 import json
+import math
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,7 +24,12 @@ from lrc.compressors.estimates import stage_seconds as seconds_of_stages
 from lrc.compressors.estimates.buffers import Buffers
 from lrc.compressors.estimates.disk_space import disk_space
 from lrc.compressors.estimates.estimate import Estimate, estimate, place_buffers, refuse_too_large
-from lrc.compressors.estimates.fixed_size_work import OPERATION_SECONDS, OPERATIONS
+from lrc.compressors.estimates.fixed_size_work import (
+    OPERATION_SECONDS,
+    OPERATIONS,
+    curve_seconds,
+    solution_seconds,
+)
 from lrc.compressors.estimates.machine_rates import MachineRates
 from lrc.compressors.estimates.memory_peaks import (
     PINNED,
@@ -204,6 +210,18 @@ def test_small_matrices_take_the_time_to_start_their_operations_on_a_gpu(
     # Of each layer the curves of q and o, k and v, gate and up are made together.
     sizes = on_gpu["allocate"] / (4 * LAYERS * OPERATIONS * OPERATION_SECONDS["cuda"])
     assert sizes > 100  # products with the metric
+
+
+@pytest.mark.parametrize(("method", "masks"), [("sparse", True), ("dictionary", False)])
+def test_searches_for_masks_take_elementwise_operations_besides_products(
+    prepared: Callable[..., Prepared], method: str, masks: bool
+) -> None:
+    recipe = prepared([{"decompose": {"method": method, "keep": 0.7}}])
+    never = MachineRates(math.inf, math.inf, math.inf, ((100, 1e-9), (200, 8e-9)), 1.0, math.inf)
+    work = Workload(recipe, "cpu")
+    numbers = sum(math.prod(task.shape) for task in work.tasks)
+    assert (curve_seconds(work, never) > OPERATIONS * numbers) is masks
+    assert (solution_seconds(work, never) > OPERATIONS * numbers) is masks
 
 
 def test_several_processes_delete_statistics_after_the_last_layer(
