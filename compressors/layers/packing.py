@@ -1,11 +1,13 @@
 """Pack integers of few bits into int32 words, and read them."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from lrc.compressors.layers.quantization_args import VALUES_GROUP, QuantizationArgs
 
-WORD = 32
+WORD, BYTE = 32, 8
 
 
 def pack_integers(codes: Tensor, bits: int) -> Tensor:
@@ -36,31 +38,30 @@ def unpack_integers(packed: Tensor, bits: int, columns: int) -> Tensor:
     """Return the int8 codes [rows, columns] that `pack_integers` packed.
 
     compressed-tensors has the inverse too; this one contains no data-dependent branches, so that
-    `torch.compile` and CUDA graphs can record it.
+    `torch.compile` and CUDA graphs can record it, and few operations, all of them on bytes:
+    training of scales unpacks every matrix of a model in every step.
     """
-    offset = 1 << (bits - 1)
-    if bits in (4, 8):  # every byte holds a whole number of codes
-        # `contiguous` would keep the strides of a transposed row, which has one word per row.
-        as_bytes = packed.flatten().view(torch.uint8).view(len(packed), -1)  # [rows, 4 * words]
-        if bits == 4:
-            halves = torch.stack((as_bytes & 0xF, as_bytes >> 4), dim=-1)
-            as_bytes = halves.flatten(1)  # [rows, 8 * words]
-        signed: Tensor = as_bytes[:, :columns] - offset
-        return signed.view(torch.int8)
-    # 32 codes fill `bits` whole words. A code starts in one word and may end in the next.
-    rows, words = packed.shape
-    groups = -(-words // bits)
-    grouped = nn.functional.pad(packed, (0, groups * bits - words)).view(rows, groups, bits)
-    grouped = nn.functional.pad(grouped, (0, 1))  # a word after the last one of each group
+    # `contiguous` would keep the strides of a transposed row, which has one word per row.
+    as_bytes = packed.flatten().view(torch.uint8).view(len(packed), -1)  # [rows, 4 * words]
+    width = bits // math.gcd(bits, BYTE)  # bytes that hold a whole number of codes
+    groups = -(-as_bytes.shape[1] // width)
+    if missing := groups * width - as_bytes.shape[1]:
+        as_bytes = nn.functional.pad(as_bytes, (0, missing))
+    grouped = as_bytes.view(-1, groups, width)
     codes = []
-    for first in range(0, WORD * bits, bits):
-        word, shift = divmod(first, WORD)
-        code = (grouped[:, :, word] >> shift) & ((1 << min(WORD - shift, bits)) - 1)
-        if shift + bits > WORD:
-            low = WORD - shift
-            code = code | ((grouped[:, :, word + 1] & ((1 << (bits - low)) - 1)) << low)
-        codes.append((code - offset).to(torch.int8))
-    return torch.stack(codes, dim=-1).flatten(1)[:, :columns]
+    for first in range(0, BYTE * width, bits):  # a code starts in one byte and may end in the next
+        place, shift = divmod(first, BYTE)
+        code = grouped[:, :, place]
+        if shift:
+            code = code >> shift
+        if shift + bits > BYTE:
+            code = code | (grouped[:, :, place + 1] << (BYTE - shift))  # the rest leaves the byte
+        codes.append(code)
+    stored = torch.stack(codes, dim=-1) if len(codes) > 1 else grouped
+    if bits < BYTE:
+        stored = stored & ((1 << bits) - 1)
+    signed: Tensor = stored.flatten(1)[:, :columns] - (1 << (bits - 1))
+    return signed.view(torch.int8)
 
 
 def repack_integers(codes: Tensor, bits: int) -> Tensor:
