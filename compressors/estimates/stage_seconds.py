@@ -17,6 +17,7 @@ from lrc.compressors.compress.layerwise import relative_cost
 from lrc.compressors.distributed.processes import Processes
 from lrc.compressors.estimates.fixed_size_work import curve_seconds, solution_seconds
 from lrc.compressors.estimates.machine_rates import MachineRates, dequantizing_rate
+from lrc.compressors.estimates.training_seconds import training_seconds
 from lrc.compressors.estimates.workload import Workload, numbers, sides
 from lrc.compressors.methods.base import LOW_RANK_TYPES
 from lrc.compressors.methods.table import METHODS
@@ -91,9 +92,7 @@ def stage_seconds(work: Workload, rates: MachineRates) -> dict[str, float]:
         for stage in seconds.keys() & {"allocate", "compress"}:
             seconds[stage] += calibration
     if plan.training:
-        tokens = sum(record.passes * (record.tokens or 0) for record in plan.training)
-        seconds["heal"] = tokens * 2 * sum(work.layers) / (EFFICIENCY * rates.products)
-        seconds["heal"] += sum(60 * (record.minutes or 0) for record in plan.training)
+        seconds["heal"] = sum(training_seconds(work, rates, each) for each in plan.training)
     embeddings = sum(numbers(task) for task in plan.embeddings)
     if embeddings:  # by the first process
         rounded = embeddings / rates.rounding + work.itemsize * embeddings / rates.reading
