@@ -21,7 +21,7 @@ import copy
 import re
 import sys
 from collections.abc import Iterable
-from math import ceil, prod
+from math import ceil, gcd, prod
 from typing import Any, NamedTuple
 
 import torch
@@ -35,7 +35,7 @@ KEY = "compressed_modules"
 KNOWN = {"quant_method", "format_version", "modules", "shapes", "biases", "norms"}
 VALUES_GROUP = 128
 """Values per scale if the scheme states no group and the values are not arranged in rows."""
-WORD = 32
+WORD, BYTE = 32, 8
 Shape = tuple[int, int]
 
 
@@ -65,27 +65,24 @@ def unpack_integers(packed: Tensor, bits: int, columns: int) -> Tensor:
     Code i of a row takes bits ``i * bits`` and following, lowest bit first, and is stored as its
     distance from the smallest code.
     """
-    offset = 1 << (bits - 1)
-    if bits in (4, 8):  # every byte has a whole number of codes
-        codes = packed.flatten().view(torch.uint8).view(len(packed), -1)  # [rows, 4 * words]
-        if bits == 4:
-            codes = torch.stack((codes & 0xF, codes >> 4), dim=-1).flatten(1)  # [rows, 8 * words]
-        signed: Tensor = codes[:, :columns] - offset
-        return signed.view(torch.int8)
-    # 32 codes fill `bits` whole words. A code starts in one word and may end in the next.
-    rows, words = packed.shape
-    groups = ceil(words / bits)
-    grouped = nn.functional.pad(packed, (0, groups * bits - words)).view(rows, groups, bits)
-    grouped = nn.functional.pad(grouped, (0, 1))
-    parts = []
-    for first in range(0, WORD * bits, bits):
-        word, shift = divmod(first, WORD)
-        low = min(WORD - shift, bits)
-        code = (grouped[:, :, word] >> shift) & ((1 << low) - 1)
-        if low < bits:
-            code = code | ((grouped[:, :, word + 1] & ((1 << (bits - low)) - 1)) << low)
-        parts.append((code - offset).to(torch.int8))
-    return torch.stack(parts, dim=-1).flatten(1)[:, :columns]
+    as_bytes = packed.flatten().view(torch.uint8).view(len(packed), -1)  # [rows, 4 * words]
+    width = bits // gcd(bits, BYTE)  # bytes that hold a whole number of codes
+    groups = ceil(as_bytes.shape[1] / width)
+    if missing := groups * width - as_bytes.shape[1]:
+        as_bytes = nn.functional.pad(as_bytes, (0, missing))
+    grouped = as_bytes.view(-1, groups, width)
+    codes = []
+    for first in range(0, BYTE * width, bits):  # a code starts in one byte and may end in the next
+        place, shift = divmod(first, BYTE)
+        code = grouped[:, :, place] >> shift if shift else grouped[:, :, place]
+        if shift + bits > BYTE:
+            code = code | (grouped[:, :, place + 1] << (BYTE - shift))  # the rest leaves the byte
+        codes.append(code)
+    stored = torch.stack(codes, dim=-1) if len(codes) > 1 else grouped
+    if bits < BYTE:
+        stored = stored & ((1 << bits) - 1)
+    signed: Tensor = stored.flatten(1)[:, :columns] - (1 << (bits - 1))
+    return signed.view(torch.int8)
 
 
 def unpack_bits(packed: Tensor, columns: int) -> Tensor:

@@ -51,9 +51,7 @@ def unpack_integers(packed: Tensor, bits: int, columns: int) -> Tensor:
     codes = []
     for first in range(0, BYTE * width, bits):  # a code starts in one byte and may end in the next
         place, shift = divmod(first, BYTE)
-        code = grouped[:, :, place]
-        if shift:
-            code = code >> shift
+        code = grouped[:, :, place] >> shift if shift else grouped[:, :, place]
         if shift + bits > BYTE:
             code = code | (grouped[:, :, place + 1] << (BYTE - shift))  # the rest leaves the byte
         codes.append(code)
