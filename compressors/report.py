@@ -148,7 +148,7 @@ SCHEMA = {
     ),
     "estimate.processes": "number of processes, each with these peaks of memory",
     "estimate.peak.{host_bytes,gpu_bytes,disk_bytes}": "the largest of all stages; GPU or null",
-    "estimate.not_estimated[]": "parts of the evaluation that the estimate does not include",
+    "estimate.not_estimated[]": "parts of the run that the estimate does not include",
     "environment": "versions, processor, threads, device",
     "speed": "result of `lrc bench --report`: its JSON for this model and dense; null if none",
     "warnings": (

@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import torch
 
+from lrc.compressors.calibrate.calibration_windows import SELF
 from lrc.compressors.calibrate.segments import VALUE_BYTES
 from lrc.compressors.estimates.buffers import Buffers
 from lrc.compressors.estimates.disk_space import disk_space
@@ -28,6 +29,7 @@ from lrc.compressors.planning.problems import Problems
 from lrc.compressors.prepare import Prepared
 from lrc.configs.recipe import Recipe
 from lrc.configs.size import GIB
+from lrc.configs.sources import fractions
 
 MARGIN = 1.2
 """An estimate of memory is refused only if it exceeds what is free by this factor."""
@@ -35,7 +37,7 @@ MARGIN = 1.2
 
 @dataclass(frozen=True)
 class Estimate:
-    """Estimated needs of every stage, without the parts of the evaluation in `not_estimated`."""
+    """Estimated needs of every stage, without the parts of the run in `not_estimated`."""
 
     seconds: dict[str, float]
     host_bytes: dict[str, int]
@@ -129,7 +131,19 @@ def _not_estimated(work: Workload) -> list[str]:
     found = [f"perplexity on the whole of {name}" for name in texts]
     tasks = [*work.evaluate.tasks.names, *([work.evaluate.task.name] if work.evaluate.task else [])]
     found += [f"task {name}" for name in tasks]
-    return [*found, "generated text"] if read_prompts(work.evaluate.generations) else found
+    if read_prompts(work.evaluate.generations):
+        found.append("generated text")
+    return [*found, "text that the dense model writes"] if _samples_text(work) else found
+
+
+def _samples_text(work: Workload) -> bool:
+    """Return whether the dense model writes text for calibration or training."""
+    training = [record.options for record in work.plan.training]
+    sources = [each["source"] or work.calibration.source for each in training]
+    if work.tokens:
+        sources.append(work.calibration.source)
+    extended = any(each.get("extend") for each in training)
+    return extended or any(SELF in fractions(each or {}) for each in sources)
 
 
 def refuse_too_large(

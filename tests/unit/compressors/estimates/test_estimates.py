@@ -402,6 +402,31 @@ def test_what_is_not_estimated_is_named(prepared: Callable[..., Prepared], tiny_
     assert found == ["perplexity on the whole of all", "task piqa", "generated text"]
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"calibration": {"source": "self", "samples": 4, "length": 64}},
+        {"stages": [*KFAC, {"heal": {"method": "distill", "extend": True}}]},
+        {
+            "stages": [
+                *KFAC,
+                {"heal": {"method": "block", "source": {"python-docs": 0.5, "self": 0.5}}},
+            ]
+        },
+    ],
+    ids=["calibration", "extend", "source"],
+)
+@pytest.mark.usefixtures("known_rates")
+def test_sampling_text_is_not_estimated(
+    prepared: Callable[..., Prepared], changes: dict[str, Any]
+) -> None:
+    stages = changes.get("stages", KFAC)
+    written = "text that the dense model writes"
+    others = {key: value for key, value in changes.items() if key != "stages"}
+    assert estimate(prepared(stages, **others), "cpu").not_estimated == [written]
+    assert estimate(prepared(KFAC), "cpu").not_estimated == []
+
+
 def test_linked_files_count_once(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(bytes(8192))
     (tmp_path / "b").hardlink_to(tmp_path / "a")
