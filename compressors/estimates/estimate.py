@@ -1,7 +1,7 @@
 """Estimate memory, disk space and time of a run, and refuse what cannot fit.
 
 Everything follows from shapes, the plan and the measured speed of the machine. Memory and disk are
-within about 20 %, the time within a factor of 1.5 on a machine that does nothing else.
+within about 20 %, the time mostly within a factor of 1.5 on a machine that does nothing else.
 """
 
 import math

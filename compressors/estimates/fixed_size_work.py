@@ -23,8 +23,7 @@ def curve_seconds(work: Workload, rates: MachineRates) -> float:
     for tasks in by_layer(work.pending):
         for batch in curve_batches(tasks, work.device):
             started += _operations(batch[0], _task_flops(work.plan, batch[0])[0])
-    flops = [(task, _task_flops(work.plan, task)[0]) for task in work.tasks]
-    return _seconds(work, rates, flops, started)
+    return _seconds(work, rates, 0, started)
 
 
 def solution_seconds(work: Workload, rates: MachineRates) -> float:
@@ -32,33 +31,37 @@ def solution_seconds(work: Workload, rates: MachineRates) -> float:
 
     Where an allocator has yet to choose, the most expensive components count.
     """
-    flops = [(task, _task_flops(work.plan, task)[1]) for task in work.tasks]
-    return _seconds(work, rates, flops, sum(_operations(*each) for each in flops))
+    started = sum(_operations(task, _task_flops(work.plan, task)[1]) for task in work.tasks)
+    return _seconds(work, rates, 1, started)
 
 
-def _seconds(
-    work: Workload, rates: MachineRates, flops: list[tuple[LayerTask, int]], started: float
-) -> float:
-    """Return the time to compute, or that to start the operations if it is longer."""
-    products = 2 * sum(count for _, count in flops) / rates.products
-    elementwise = sum(
-        _operations(task, count) * numbers(task) for task, count in flops if _has_mask(task)
-    )
-    return max(products + elementwise / rates.elementwise, OPERATION_SECONDS[work.kind] * started)
+def _seconds(work: Workload, rates: MachineRates, which: int, started: float) -> float:
+    """Return the time to compute, or that to start the operations if it is longer.
+
+    `which` is the index of what is computed in the result of `_task_flops`. Searches for masks take
+    elementwise operations as well; other methods mostly compute products.
+    """
+    products = elementwise = 0.0
+    for task in work.tasks:
+        products += 2 * _task_flops(work.plan, task)[which]
+        searches = _task_flops(work.plan, task, masks_only=True)[which]
+        elementwise += _operations(task, searches) * numbers(task)
+    computing = products / rates.products + elementwise / rates.elementwise
+    return max(computing, OPERATION_SECONDS[work.kind] * started)
 
 
-def _has_mask(task: LayerTask) -> bool:
-    """Return whether the method searches for masks; other methods mostly compute products."""
-    return any("sparse" in types for types in METHODS[task.method].parts)
+def _task_flops(plan: Plan, task: LayerTask, *, masks_only: bool = False) -> tuple[int, int]:
+    """Return the multiply-adds of a task: for its curves, and for its final solution.
 
-
-def _task_flops(plan: Plan, task: LayerTask) -> tuple[int, int]:
-    """Return the multiply-adds of a task: for its curves, and for its final solution."""
+    With `masks_only`, those of components that have masks.
+    """
     allocation = None if task.allocation is None else plan.allocations[task.allocation]
     wanted = (task.config.types,) if allocation is None else allocation.types
     curve = largest = 0
     for types, part in METHODS[task.method].parts.items():
         if types not in wanted or not isinstance(part, FixedSizeMethod):
+            continue
+        if masks_only and "sparse" not in types:
             continue
         options = part.select(task.options)
         families = size_families(task, types, allocation)

@@ -1,5 +1,8 @@
 """Seconds of stages that train what compression has left in floating point."""
 
+import math
+
+from lrc.compressors.calibrate.batch_size import BATCH_TOKENS
 from lrc.compressors.estimates.machine_rates import MachineRates
 from lrc.compressors.estimates.workload import Workload, numbers
 from lrc.compressors.heal.budget import JUDGEMENTS
@@ -21,7 +24,6 @@ UPDATE = 12
 """Elementwise operations of a step of the optimizer."""
 START = {"cpu": 1.0, "cuda": 8.0}
 """Seconds until the first step, of which those of a GPU compile kernels and record it (H200)."""
-
 LAYER_STEP = {"cpu": 0.0, "cuda": 0.01}
 """Seconds to start the operations of a step that fits a layer of any size (H200)."""
 
@@ -31,33 +33,61 @@ def training_seconds(work: Workload, rates: MachineRates, record: TrainingRecord
     if record.minutes is not None:
         return 60 * record.minutes
     tokens, steps = record.tokens or 0, record.steps or 0
-    held_out = JUDGEMENTS * int(record.options["held_out"])
-    length = int(record.options["length"] or work.calibration.window)
-    a_pass = _pass(work, rates, length)
+    options, (batch, held_out) = record.options, _counts(record, "batch", "held_out")
+    length = int(options["length"] or work.calibration.window)
     if record.method == "block":
         # Hidden states of the dense and of the trained model pass through every layer.
-        passes = record.passes * tokens + held_out + 2 * int(record.options["samples"]) * length
-        return passes * a_pass + steps * len(work.layers) * LAYER_STEP[work.kind]
-    seconds = START[work.kind] + (record.passes * tokens + 2 * held_out) * a_pass
-    seconds += (tokens + held_out) * _logits(work, rates)
+        windows = min(int(options["samples"]), steps * batch)
+        passes = record.passes * tokens + JUDGEMENTS * held_out + 2 * windows * length
+        seconds = passes * _pass(work, rates.products, rates.elementwise, length)
+        return seconds + steps * len(work.layers) * LAYER_STEP[work.kind]
+    speed = rates.model_products if work.kind == "cuda" else rates.products
+    budgets = len(work.plan.elastic)
+    measured = measurements(steps, separate=bool(options["cross_entropy"] or budgets))
+    measured *= max(1, budgets)
+    passes = record.passes + bool(options["checkpointing"])
+    seconds = START[work.kind] + (passes * tokens + 2 * measured * held_out) * _pass(
+        work, speed, rates.elementwise, length
+    )
+    seconds += (tokens + measured * held_out) * _logits(work, speed, rates.elementwise)
+    together = int(options["micro_batch"] or max(1, BATCH_TOKENS[work.kind] // length))
+    unpacked = steps * math.ceil(batch / min(batch, together))
+    unpacked += measured * math.ceil(held_out / (min(batch, together) * length))
     integers = sum(numbers(task) for task in work.tasks if task.quantize is not None)
     updated = work.plan.compressed_parameters if _trains_most(record) else 0
-    return seconds + steps * (DEQUANTIZATION * integers + UPDATE * updated) / rates.elementwise
+    operations = unpacked * DEQUANTIZATION * integers + steps * UPDATE * updated
+    return seconds + operations / rates.elementwise
 
 
-def _pass(work: Workload, rates: MachineRates, length: int) -> float:
-    """Return the seconds of a token of a window in a forward pass through all layers."""
+def measurements(steps: int, *, separate: bool) -> int:
+    """Return how often the loss on held-out text is measured, see `StepBudget.is_judged`.
+
+    Before the first step, about `JUDGEMENTS` times, and after the last one; and before and after
+    once more if the terms of the loss are reported in `separate` numbers.
+    """
+    return 1 + math.ceil(steps / max(1, steps // JUDGEMENTS)) + 2 * separate
+
+
+def _counts(record: TrainingRecord, *keys: str) -> list[int]:
+    return [int(record.options[key]) for key in keys]
+
+
+def _pass(work: Workload, speed: float, elementwise: float, length: int) -> float:
+    """Return the seconds of a token of a window in a forward pass through all layers.
+
+    `speed` is that of products, and `elementwise` that of other operations.
+    """
     layers = work.layers
     attention = 4 * length * work.width * len(layers)
-    products = (2 * work.used_share * sum(layers) + attention) / (EFFICIENCY * rates.products)
-    return products + ELEMENTWISE[work.kind] * work.width * len(layers) / rates.elementwise
+    products = (2 * work.used_share * sum(layers) + attention) / (EFFICIENCY * speed)
+    return products + ELEMENTWISE[work.kind] * work.width * len(layers) / elementwise
 
 
-def _logits(work: Workload, rates: MachineRates) -> float:
+def _logits(work: Workload, speed: float, elementwise: float) -> float:
     """Return the seconds of a token from the last layer to the gradient at it."""
     head = work.heads or work.embedding
-    products = HEADS * 2 * head / (EFFICIENCY * rates.products)
-    return products + LOGIT_OPERATIONS[work.kind] * work.vocabulary / rates.elementwise
+    products = HEADS * 2 * head / (EFFICIENCY * speed)
+    return products + LOGIT_OPERATIONS[work.kind] * work.vocabulary / elementwise
 
 
 def _trains_most(record: TrainingRecord) -> bool:

@@ -65,12 +65,13 @@ def unpack_integers(packed: Tensor, bits: int, columns: int) -> Tensor:
     Code i of a row takes bits ``i * bits`` and following, lowest bit first, and is stored as its
     distance from the smallest code.
     """
-    as_bytes = packed.flatten().view(torch.uint8).view(len(packed), -1)  # [rows, 4 * words]
+    rows, words = packed.shape
+    as_bytes = packed.flatten().contiguous().view(torch.uint8).view(rows, 4 * words)
     width = bits // gcd(bits, BYTE)  # bytes that hold a whole number of codes
     groups = ceil(as_bytes.shape[1] / width)
     if missing := groups * width - as_bytes.shape[1]:
         as_bytes = nn.functional.pad(as_bytes, (0, missing))
-    grouped = as_bytes.view(-1, groups, width)
+    grouped = as_bytes.view(rows, groups, width)
     codes = []
     for first in range(0, BYTE * width, bits):  # a code starts in one byte and may end in the next
         place, shift = divmod(first, BYTE)

@@ -41,13 +41,14 @@ def unpack_integers(packed: Tensor, bits: int, columns: int) -> Tensor:
     `torch.compile` and CUDA graphs can record it, and few operations, all of them on bytes:
     training of scales unpacks every matrix of a model in every step.
     """
-    # `contiguous` would keep the strides of a transposed row, which has one word per row.
-    as_bytes = packed.flatten().view(torch.uint8).view(len(packed), -1)  # [rows, 4 * words]
+    # `contiguous` alone would keep the strides of a transposed row, which has one word per row.
+    rows, words = packed.shape
+    as_bytes = packed.flatten().contiguous().view(torch.uint8).view(rows, 4 * words)
     width = bits // math.gcd(bits, BYTE)  # bytes that hold a whole number of codes
     groups = -(-as_bytes.shape[1] // width)
     if missing := groups * width - as_bytes.shape[1]:
         as_bytes = nn.functional.pad(as_bytes, (0, missing))
-    grouped = as_bytes.view(-1, groups, width)
+    grouped = as_bytes.view(rows, groups, width)
     codes = []
     for first in range(0, BYTE * width, bits):  # a code starts in one byte and may end in the next
         place, shift = divmod(first, BYTE)

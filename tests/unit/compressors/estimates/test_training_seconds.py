@@ -12,8 +12,14 @@ from transformers import LlamaForCausalLM
 
 from lrc.compressors.estimates.machine_rates import MachineRates
 from lrc.compressors.estimates.stage_seconds import stage_seconds
-from lrc.compressors.estimates.training_seconds import EFFICIENCY, START
+from lrc.compressors.estimates.training_seconds import (
+    DEQUANTIZATION,
+    EFFICIENCY,
+    START,
+    measurements,
+)
 from lrc.compressors.estimates.workload import Workload
+from lrc.compressors.heal.budget import StepBudget
 from lrc.compressors.prepare import prepare
 from lrc.compressors.stages import STAGES
 from lrc.configs.load import load_recipe
@@ -62,8 +68,10 @@ def test_a_step_of_distillation_has_the_products_of_both_models_and_of_the_gradi
         with torch.no_grad():
             dense(ids)
         trained(ids).logits.sum().backward()
-    few, more = (seconds(LOW_RANK, only(products=RATE), method="distill", steps=n) for n in (4, 6))
-    products = EFFICIENCY * RATE * (more - few) / 2
+    few, more = (
+        seconds(LOW_RANK, only(products=RATE), method="distill", steps=n) for n in (20, 30)
+    )
+    products = EFFICIENCY * RATE * (more - few) / 10
     assert products == pytest.approx(counted.get_total_flops(), rel=0.02)
 
 
@@ -77,8 +85,10 @@ def test_a_step_of_a_fit_of_layers_has_the_products_of_the_layers(
     with FlopCounterMode(display=False) as counted:
         for layer in trained.model.layers:
             layer(hidden, position_embeddings=rotary).sum().backward()
-    few, more = (seconds(LOW_RANK, only(products=RATE), method="block", steps=n) for n in (4, 6))
-    products = EFFICIENCY * RATE * (more - few) / 2
+    few, more = (
+        seconds(LOW_RANK, only(products=RATE), method="block", samples=1, steps=n) for n in (20, 30)
+    )
+    products = EFFICIENCY * RATE * (more - few) / 10
     assert products == pytest.approx(counted.get_total_flops(), rel=0.02)
 
 
@@ -97,7 +107,23 @@ def test_integers_are_unpacked_in_every_step(seconds: Callable[..., float]) -> N
         for batch in (1, 2)
     )
     # Twice the tokens take less than twice the time, because the matrices are the same.
-    assert one[1] - one[0] < two[1] - two[0] < 2 * (one[1] - one[0])
+    matrices = 2 * (32 * (32 + 2 * 16 + 32) + 3 * 32 * 48)  # of two layers
+    saved = 2 * (one[1] - one[0]) - (two[1] - two[0])
+    assert saved == pytest.approx(10 * DEQUANTIZATION * matrices / RATE)
+    parts = [
+        seconds(INTEGERS, machine, method="scales", steps=n, batch=2, micro_batch=1)
+        for n in (10, 20)
+    ]
+    more = parts[1] - parts[0] - (two[1] - two[0])
+    assert more == pytest.approx(saved)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 9, 16, 19, 20, 147])
+def test_measurements_are_those_of_the_budget(steps: int) -> None:
+    budget = StepBudget(steps)
+    expected = 1 + sum(budget.is_judged(done) for done in range(1, steps + 1))
+    assert measurements(steps, separate=False) == expected
+    assert measurements(steps, separate=True) == expected + 2
 
 
 def test_a_limit_of_time_is_the_estimate(seconds: Callable[..., float]) -> None:
