@@ -29,8 +29,8 @@ def process_device(device: str, environment: Mapping[str, str] = os.environ) -> 
     Raises
     ------
     RecipeError
-        If a variable of the launcher is missing or is not a number, or if there are not enough
-        GPUs.
+        If a variable of the launcher is missing, is not a number or contradicts another one, or if
+        there are not enough GPUs.
     """
     missing = [name for name in SET_BY_LAUNCHERS if not environment.get(name)]
     numbers = [environment.get(name, "") for name in SET_BY_LAUNCHERS[:3]]
@@ -40,7 +40,13 @@ def process_device(device: str, environment: Mapping[str, str] = os.environ) -> 
             f"says that there are several processes, but {', '.join(missing) or 'RANK'} is not "
             f"set to what a launcher sets; unset WORLD_SIZE, or start with `{EXAMPLE}`",
         )
-    local = int(environment["LOCAL_RANK"])
+    rank, size, local = (int(number) for number in numbers)
+    if rank >= size:
+        raise _refused(
+            "RANK",
+            f"must be below WORLD_SIZE, the number of processes, {size}, got {rank}; unset "
+            f"WORLD_SIZE, or start with `{EXAMPLE}`",
+        )
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":

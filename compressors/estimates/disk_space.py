@@ -5,10 +5,21 @@ from itertools import accumulate
 
 from lrc.compressors.calibrate.activation_cache import SNAPSHOT_SECONDS
 from lrc.compressors.estimates.buffers import Buffers
-from lrc.compressors.estimates.workload import Workload
+from lrc.compressors.estimates.workload import Workload, numbers
+from lrc.compressors.heal.adapter_kinds import ADAPTERS
+from lrc.compressors.heal.work import SNAPSHOT_SECONDS as TRAINING_SECONDS
+from lrc.compressors.planning.plan import TrainingRecord
+from lrc.compressors.planning.tasks import LayerTask
 
 TOKENIZER = 40
 """Bytes of a tokenizer's files per entry of the vocabulary, twice: of tokens and of merges."""
+
+STATE_BYTES = 14
+"""Of a number that is trained, in a snapshot: its value and two averages in float32, and its best
+value in 16 bits."""
+
+PENDING_GROUP = 32
+"""Numbers that share a scale, where an allocator has yet to choose."""
 
 
 def disk_space(
@@ -57,16 +68,43 @@ def disk_space(
         found["compress"] = kept + peak + on_disk.get("compress", 0)
     kept += sum(results)
     for training in plan.training:
-        # The best values so far, and the state of the optimizer: two averages.
-        trained = plan.compressed_bytes if training.method != "block" else max(results, default=0)
-        found["heal"] = kept + 6 * trained
-        kept += trained
+        state, stored = _trained(work, training)
+        copies = min(2, int(seconds.get("heal", 0.0) / TRAINING_SECONDS))
+        found["heal"] = max(found.get("heal", 0), kept + stored + copies * state)
+        kept += stored
     kept += plan.compressed_bytes + TOKENIZER * 2 * work.vocabulary
     # The hidden states of compensation are deleted after the checkpoint has been written.
     found["save"] = kept + on_disk.get("compress", 0)
     if work.evaluate.perplexity:
         found["evaluate"] = kept + on_disk.get("evaluate", 0)
     return found
+
+
+def _trained(work: Workload, record: TrainingRecord) -> tuple[int, int]:
+    """Return the bytes of a snapshot of training, and of the trained numbers in 16 bits."""
+    if record.method == "block":  # a layer at a time
+        return STATE_BYTES * max(work.results, default=0) // 2, sum(work.results)
+    train = record.options.get("train", "scales")
+    if train in ("scales", "norms"):
+        count = sum(_scales(task) for task in work.tasks)
+    elif train in ADAPTERS:
+        count = record.added_bytes // 2
+    elif train == "all":
+        count = work.plan.compressed_parameters - work.embedding - work.heads
+    else:
+        count = sum(work.results) // 2
+    if record.options.get("support") == "moving":  # all entries of a matrix are trained
+        count = sum(work.layers)
+    return STATE_BYTES * count, 2 * count
+
+
+def _scales(task: LayerTask) -> int:
+    """Return the number of scales of a task; of small groups where the groups are not known yet."""
+    if task.quantize is None:
+        return 0
+    args = task.quantize.args
+    group = PENDING_GROUP if args is None else args.group_size or task.stacked_shape[1]
+    return numbers(task) // group
 
 
 def _snapshots(work: Workload, seconds: float) -> int:

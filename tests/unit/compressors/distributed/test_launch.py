@@ -45,6 +45,8 @@ def test_every_process_of_a_host_has_its_own_gpu():
         ),
         ("auto", {"MASTER_ADDR": ""}, r"WORLD_SIZE: says .* MASTER_ADDR is not set"),
         ("auto", {"LOCAL_RANK": "x"}, r"WORLD_SIZE: says .* unset WORLD_SIZE"),
+        ("cpu", {"RANK": "4"}, r"RANK: must be below WORLD_SIZE, .* 4, got 4; unset"),
+        ("cpu", {"WORLD_SIZE": "0", "RANK": "0"}, r"RANK: must be below WORLD_SIZE"),
     ],
 )
 def test_a_wrong_launch_is_refused(device, changes, message):

@@ -1,4 +1,4 @@
-"""Time of training against operations that are counted independently."""
+"""Time and disk space of training, against what is counted independently."""
 
 import math
 from collections.abc import Callable
@@ -10,6 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM
 
+from lrc.compressors.estimates.disk_space import disk_space
 from lrc.compressors.estimates.machine_rates import MachineRates
 from lrc.compressors.estimates.stage_seconds import stage_seconds
 from lrc.compressors.estimates.training_seconds import (
@@ -25,22 +26,33 @@ from lrc.compressors.stages import STAGES
 from lrc.configs.load import load_recipe
 
 LENGTH, BATCH, HELD_OUT, RATE = 32, 2, 64, 1e6
+MATRICES = 2 * (32 * (32 + 2 * 16 + 32) + 3 * 32 * 48)
+"""Numbers in the matrices of the two layers."""
 EIGENPROBLEMS = ((100, 1e-2), (200, 8e-2))
 LOW_RANK = {"decompose": {"method": "svd-llm", "keep": 0.6}}
 INTEGERS = {"quantize": {"method": "rtn", "bits": 3, "group_size": 16}}
 
 
 @pytest.fixture
-def seconds(
+def workload(
     tiny_model_folder: Path, tiny_recipe: Callable[..., Path], tmp_path: Path
-) -> Callable[..., float]:
+) -> Callable[..., Workload]:
+    """Return the work of a stage that trains after another one."""
+
+    def prepared(before: dict[str, Any], **options: Any) -> Workload:
+        given = {"batch": BATCH, "length": LENGTH, "held_out": HELD_OUT, **options}
+        recipe = tiny_recipe(tiny_model_folder, tmp_path / "run", stages=[before, {"heal": given}])
+        return Workload(prepare(load_recipe(recipe).recipe, STAGES), "cpu")
+
+    return prepared
+
+
+@pytest.fixture
+def seconds(workload: Callable[..., Workload]) -> Callable[..., float]:
     """Return the estimate of a stage after another one."""
 
     def estimate(before: dict[str, Any], rates: MachineRates, **options: Any) -> float:
-        given = {"batch": BATCH, "length": LENGTH, "held_out": HELD_OUT, **options}
-        recipe = tiny_recipe(tiny_model_folder, tmp_path / "run", stages=[before, {"heal": given}])
-        work = Workload(prepare(load_recipe(recipe).recipe, STAGES), "cpu")
-        return stage_seconds(work, rates)["heal"]
+        return stage_seconds(workload(before, **options), rates)["heal"]
 
     return estimate
 
@@ -107,9 +119,8 @@ def test_integers_are_unpacked_in_every_step(seconds: Callable[..., float]) -> N
         for batch in (1, 2)
     )
     # Twice the tokens take less than twice the time, because the matrices are the same.
-    matrices = 2 * (32 * (32 + 2 * 16 + 32) + 3 * 32 * 48)  # of two layers
     saved = 2 * (one[1] - one[0]) - (two[1] - two[0])
-    assert saved == pytest.approx(10 * DEQUANTIZATION * matrices / RATE)
+    assert saved == pytest.approx(10 * DEQUANTIZATION * MATRICES / RATE)
     parts = [
         seconds(INTEGERS, machine, method="scales", steps=n, batch=2, micro_batch=1)
         for n in (10, 20)
@@ -128,3 +139,26 @@ def test_measurements_are_those_of_the_budget(steps: int) -> None:
 
 def test_a_limit_of_time_is_the_estimate(seconds: Callable[..., float]) -> None:
     assert seconds(LOW_RANK, only(products=1.0), method="distill", minutes=3) == 180
+
+
+def test_snapshots_hold_four_tensors_for_each_that_is_trained(
+    workload: Callable[..., Workload],
+) -> None:
+    def snapshots(before: dict[str, Any], **options: Any) -> int:
+        work = workload(before, **options)
+        short, long = (
+            disk_space(work, {}, {"calibrate": 0.0, "heal": seconds})["heal"]
+            for seconds in (1.0, 1e3)
+        )
+        return long - short
+
+    each = 3 * 4 + 2  # bytes: three tensors in float32, the best values in 16 bits
+    # While a snapshot is replaced, there are two.
+    assert snapshots(INTEGERS, method="scales") == 2 * each * MATRICES // 16
+    moving = snapshots(
+        {"decompose": {"method": "sparse", "keep": 0.6}},
+        method="distill",
+        train="values",
+        support="moving",
+    )
+    assert moving == pytest.approx(2 * each * MATRICES, rel=0.02)  # and norms
