@@ -1,6 +1,7 @@
 """Healing: what is trained gets better on text that is held out, and nothing else changes."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -355,7 +356,7 @@ def test_the_plan_shows_the_budget(
     assert ended.code == 0, ended.err
     assert "heal, block: 20 steps, 5,120 tokens through every layer" in ended.out
     assert "heal, distill: 30 steps, 7,680 tokens" in ended.out
-    assert "heal 0 s" in ended.out
+    assert re.search(r"heal [1-9]\d* s", ended.out)  # at least the time to load both models
     assert not (tmp_path / "run").exists()
 
 
