@@ -20,6 +20,8 @@ from lrc.compressors.layers import QuantizationArgs
 from lrc.compressors.solvers.linalg import tensor_cores, weighted_error
 from lrc.compressors.solvers.quantized_matrix import round_to_nearest
 
+EFFICIENCY = 0.75
+"""Speed of the products in a model, relative to that of one large product."""
 SECONDS = 0.15
 """For each measurement, of which the fastest run counts."""
 MOST_RUNS, LEAST_RUNS = 50, 3

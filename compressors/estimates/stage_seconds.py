@@ -16,7 +16,7 @@ from lrc.compressors.checkpoint.writer import MAX_SHARD_BYTES
 from lrc.compressors.compress.layerwise import relative_cost
 from lrc.compressors.distributed.processes import Processes
 from lrc.compressors.estimates.fixed_size_work import curve_seconds, solution_seconds
-from lrc.compressors.estimates.machine_rates import MachineRates, dequantizing_rate
+from lrc.compressors.estimates.machine_rates import EFFICIENCY, MachineRates, dequantizing_rate
 from lrc.compressors.estimates.training_seconds import training_seconds
 from lrc.compressors.estimates.workload import Workload, numbers, sides
 from lrc.compressors.methods.base import LOW_RANK_TYPES
@@ -27,8 +27,6 @@ from lrc.compressors.solvers.quantization_grid import RANGES
 from lrc.configs.slice import Slice, SliceBase
 
 SLICE_OPTIONS: TypeAdapter[SliceBase] = TypeAdapter(Slice)
-EFFICIENCY = 0.75
-"""Of products in a model, relative to one large product."""
 ELEMENTWISE = 60
 """Elementwise operations on hidden states in a layer: norms, rotary embedding, activations."""
 BACKWARD_PASSES = 3
@@ -129,8 +127,8 @@ def _forward(
     """
     share = work.window_share if share is None else share
     tokens, reading = work.tokens * share + work.batch, work.itemsize * sum(layers) / rates.reading
-    attention = 4 * work.calibration.window * work.width * len(layers)
-    products = (2 * work.used_share * sum(layers) + attention) / (EFFICIENCY * rates.products)
+    operations = work.pass_operations(layers, work.calibration.window)
+    products = operations / (EFFICIENCY * rates.products)
     elementwise = ELEMENTWISE * work.width * len(layers) / rates.elementwise
     return reading + tokens * (products + elementwise)
 

@@ -3,13 +3,11 @@
 import math
 
 from lrc.compressors.calibrate.batch_size import BATCH_TOKENS
-from lrc.compressors.estimates.machine_rates import MachineRates
+from lrc.compressors.estimates.machine_rates import EFFICIENCY, MachineRates
 from lrc.compressors.estimates.workload import Workload, numbers
 from lrc.compressors.heal.budget import JUDGEMENTS
 from lrc.compressors.planning.plan import TrainingRecord
 
-EFFICIENCY = 0.75
-"""Of products in a model, relative to one large product."""
 ELEMENTWISE = {"cpu": 60, "cuda": 30}
 """Elementwise operations on hidden states in a pass through a layer; half of the bytes on a GPU,
 where they are in 16 bits."""
@@ -33,7 +31,8 @@ def training_seconds(work: Workload, rates: MachineRates, record: TrainingRecord
     if record.minutes is not None:
         return 60 * record.minutes
     tokens, steps = record.tokens or 0, record.steps or 0
-    options, (batch, held_out) = record.options, _counts(record, "batch", "held_out")
+    options = record.options
+    batch, held_out = int(options["batch"]), int(options["held_out"])
     length = int(options["length"] or work.calibration.window)
     if record.method == "block":
         # Hidden states of the dense and of the trained model pass through every layer.
@@ -68,19 +67,13 @@ def measurements(steps: int, *, separate: bool) -> int:
     return 1 + math.ceil(steps / max(1, steps // JUDGEMENTS)) + 2 * separate
 
 
-def _counts(record: TrainingRecord, *keys: str) -> list[int]:
-    return [int(record.options[key]) for key in keys]
-
-
 def _pass(work: Workload, speed: float, elementwise: float, length: int) -> float:
     """Return the seconds of a token of a window in a forward pass through all layers.
 
     `speed` is that of products, and `elementwise` that of other operations.
     """
-    layers = work.layers
-    attention = 4 * length * work.width * len(layers)
-    products = (2 * work.used_share * sum(layers) + attention) / (EFFICIENCY * speed)
-    return products + ELEMENTWISE[work.kind] * work.width * len(layers) / elementwise
+    products = work.pass_operations(work.layers, length) / (EFFICIENCY * speed)
+    return products + ELEMENTWISE[work.kind] * work.width * len(work.layers) / elementwise
 
 
 def _logits(work: Workload, speed: float, elementwise: float) -> float:

@@ -143,6 +143,13 @@ class Workload:
                 unused += share * sum(linear.d_out * linear.d_in for linear in of_experts)
         return 1 - unused / max(sum(self.layers), 1)
 
+    def pass_operations(self, layers: list[int], length: int) -> float:
+        """Return the operations of all products for a token that passes through layers.
+
+        `layers` are their numbers of parameters, and `length` is that of a window.
+        """
+        return 2 * self.used_share * sum(layers) + 4 * length * self.width * len(layers)
+
     @property
     def experts_of_token(self) -> int:
         """Number of experts that receive a token; 2 if the config does not say so."""

@@ -11,11 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM
 
 from lrc.compressors.estimates.disk_space import disk_space
-from lrc.compressors.estimates.machine_rates import MachineRates
+from lrc.compressors.estimates.machine_rates import EFFICIENCY, MachineRates
 from lrc.compressors.estimates.stage_seconds import stage_seconds
 from lrc.compressors.estimates.training_seconds import (
     DEQUANTIZATION,
-    EFFICIENCY,
     START,
     measurements,
 )
