@@ -74,12 +74,12 @@ class EncoderDecoderExecutor(LayerExecutor):
         return slice(0, n) if index < self.architecture.n_encoder else slice(n, None)
 
     @contextmanager
-    def layer(self, index: int) -> Iterator[nn.Module]:
+    def layer(self, index: int, *, again: bool = False) -> Iterator[nn.Module]:
         """Load one layer; with the last one of the encoder, also what follows its layers."""
         with ExitStack() as stack:
             if index == self.architecture.n_encoder - 1:
                 stack.enter_context(self._filled(self._name, self._unneeded))
-            yield stack.enter_context(self._layer_alone(index))
+            yield stack.enter_context(self._layer_alone(index, again=again))
 
     @torch.no_grad()
     def embed_resident_(self, states: Tensor) -> None:

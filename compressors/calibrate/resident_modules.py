@@ -51,19 +51,23 @@ class ResidentModules:
             yield
 
     @contextmanager
-    def layer(self, index: int) -> Iterator[nn.Module]:
-        """Load one decoder layer, and start to read the next in the direction of the pass."""
-        with self._layer_alone(index) as layer:
+    def layer(self, index: int, *, again: bool = False) -> Iterator[nn.Module]:
+        """Load one decoder layer, and start to read the next in the direction of the pass.
+
+        Or, if this layer is to be loaded `again` before any other, read it once more.
+        """
+        with self._layer_alone(index, again=again) as layer:
             yield layer
 
     @contextmanager
-    def _layer_alone(self, index: int) -> Iterator[nn.Module]:
+    def _layer_alone(self, index: int, *, again: bool = False) -> Iterator[nn.Module]:
         """Do the same as `layer`, without modules around the layer that are part of its step."""
         step = -1 if self._last == index + 1 else 1
         self._last, names = index, self.architecture.layer_names
+        following = index if again else index + step
         with self._filled(names[index]):
-            if 0 <= index + step < len(names):
-                self._read_ahead(names[index + step])
+            if 0 <= following < len(names):
+                self._read_ahead(names[following])
             yield self.architecture.layers[index]
 
     @contextmanager

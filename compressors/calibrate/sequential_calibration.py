@@ -1,15 +1,10 @@
-"""Sequential calibration: inputs of a layer after the layers before it have been compressed.
+"""Sequential calibration: inputs of a layer after the layers before it have been compressed."""
 
-This module also finds out which linear layers write to the residual stream, without a table of
-model families. A linear is a writer if replacing its output by zeros changes the output of its
-decoder layer by exactly that output. If a norm or a multiplier follows, as in some architectures,
-the change differs, and the linear is not a writer.
-"""
-
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +19,15 @@ from lrc.compressors.calibrate.expert_inputs import (
     read_inputs,
 )
 from lrc.compressors.calibrate.layer_executor import ForwardEnded
+from lrc.compressors.calibrate.residual_writers import (
+    Writers,
+    kept_output,
+    silenced,
+    writers_of,
+)
 from lrc.compressors.calibrate.statistic_table import RunningSums
 from lrc.compressors.distributed.processes import OrderedSum
+from lrc.compressors.io.device_copies import copy_, on_device
 from lrc.compressors.io.freed_memory import drop_shared_pages
 from lrc.compressors.solvers.error_compensation import PrefixMoments
 from lrc.compressors.solvers.linalg import tensor_cores
@@ -34,7 +36,17 @@ from lrc.compressors.solvers.moments import token_weights
 REMEDY = "raise 'keep', or leave out 'compensate'"
 EXPERT_BYTES = 2**29
 """Moments of experts that are summed in one pass over the calibration windows."""
-TOLERANCE = 1e-2  # relative; more than rounding causes, and less than a multiplier causes
+
+
+class Seen(NamedTuple):
+    """What is seen of a decoder layer in one batch, see `SequentialCalibration._input`."""
+
+    x: Tensor
+    """Input [n_tokens, d_in] of a linear."""
+    stream: Tensor | None
+    """Residual stream [n_tokens, d_model] to which the linear adds its output, if it does."""
+    output: Tensor | None
+    """Output of the layer [n, length, d_model]."""
 
 
 class SequentialCalibration:
@@ -54,7 +66,9 @@ class SequentialCalibration:
         self._executor = executor_of(half, in_turn=True)
         self.n_tokens = self._executor.n_tokens
         self._replaced: dict[tuple[str, str], nn.Parameter] = {}
-        self._writers: dict[tuple[object, ...], list[str]] = {}  # by kind of layer
+        self._writers: dict[tuple[object, ...], Writers] = {}  # by kind of layer
+        self._dense_done = -1
+        """Index of the last layer that was applied to the states of the dense model."""
         self._of_experts: dict[tuple[str, bool, bool], PrefixMoments] = {}
         self._dense = self._executor.embedded("dense")
         self._compressed = ActivationCache(half, "compressed", self._executor.shape).tensor
@@ -80,13 +94,16 @@ class SequentialCalibration:
         deficit: bool,
         capped: bool = False,
         gated: bool = False,
+        last: bool = False,
     ) -> PrefixMoments:
         """Return second moments of the input that the linears `names`, one of `groups`, share.
 
         With `deficit`, the moments of the difference between the residual streams are included if
         the first linear writes to the stream. With `capped`, tokens are weighted by `token_weights`
         of the inputs in the compressed model, and with `gated` those of an expert by the router.
-        Raises a `ModelError` that names the linear if the inputs are not finite.
+        With `last`, nothing else of this layer will be measured, so that the states of the dense
+        model may advance meanwhile. Raises a `ModelError` that names the linear if the inputs are
+        not finite.
         """
         executor, leader = self._executor, names[0]
         if self._experts_of(leader):
@@ -95,27 +112,35 @@ class SequentialCalibration:
                 self._of_experts = self._measured_experts(layer, leader, capped, gated)
             return self._of_experts.pop(key)
         ordered = OrderedSum(executor.context.processes, executor.n_batches)
-        with self._loaded(layer) as module:
-            writers = self._residual_writers(layer, module) if deficit else []
-            # Without the output of the leader and of later writers, the output of the layer is the
-            # residual stream to which the leader adds its output.
-            zeroed = writers[writers.index(leader) :] if leader in writers else []
+        with self._loaded(layer, again=True) as module:
+            writers = self._residual_writers(layer, module) if deficit else Writers([])
+            look = partial(self._input, layer, leader=leader, writers=writers)
+            finish = (
+                last
+                and writers.last_is_added
+                and writers.names[-1] == leader
+                and executor.columns(layer) == slice(None)
+            )
             for rows in executor.batches:
                 sums = RunningSums()
-                x, stream = self._input(layer, self._dense, rows, leader, zeroed)
+                x, stream, output = look(self._dense, rows, output=finish)
                 with self._using_replaced():
-                    x_hat, stream_hat = self._input(layer, self._compressed, rows, leader, zeroed)
+                    x_hat, stream_hat, _ = look(self._compressed, rows)
                 if capped:
                     weights = token_weights(x_hat, executor.window or len(x_hat)).sqrt()
                     x, x_hat = weights * x, weights * x_hat
+                if output is not None:
+                    copy_(self._dense[rows], output)
                 drop_shared_pages(self._dense[rows])
                 drop_shared_pages(self._compressed[rows])
                 sums.add_square("H", x_hat)
                 sums.add_product("cross", x, x_hat)
                 if stream is not None and stream_hat is not None:
-                    missing = (stream - stream_hat).flatten(0, -2)
+                    missing = stream - stream_hat
                     sums.add_product("deficit", weights * missing if capped else missing, x_hat)
                 ordered.add_(sums)
+            if finish:
+                self._dense_done = layer
         found = ordered.total()
         for total in found.values():
             check_finite(
@@ -123,7 +148,7 @@ class SequentialCalibration:
                 f"the inputs of {leader} after the compressed layers",
                 REMEDY,
             )
-        deficits = {leader: found["deficit"]} if zeroed else {}
+        deficits = {leader: found["deficit"]} if "deficit" in found else {}
         return PrefixMoments(found["H"], found["cross"], deficits)
 
     def _measured_experts(
@@ -142,7 +167,7 @@ class SequentialCalibration:
         ordered = OrderedSum(executor.context.processes, executor.n_batches)
         window = executor.window
         add_ = partial(add_moments_, d_in=d_in, window=window, capped=capped, gated=gated)
-        with self._loaded(layer):
+        with self._loaded(layer, again=True):
             for rows in executor.batches:
                 dense = read_inputs(executor, layer, self._dense[rows], names)
                 with self._using_replaced():
@@ -164,35 +189,53 @@ class SequentialCalibration:
         return measured
 
     def _input(
-        self, layer: int, states: Tensor, rows: slice, leader: str, zeroed: Sequence[str]
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return the input [n_tokens, d_in] of the linear `leader`, and the output of the layer.
+        self,
+        layer: int,
+        states: Tensor,
+        rows: slice,
+        *,
+        leader: str,
+        writers: Writers,
+        output: bool = False,
+    ) -> Seen:
+        """Apply a layer to a batch of the states up to the input of the linear `leader`.
 
-        Both without padding, for a batch of the states. The outputs of the linears `zeroed` are
-        replaced by zeros. Without any, the layer is left after the input has been seen, and its
-        output is None.
+        Further only if this is needed: for the residual stream, if the leader is one of the
+        `writers`, and for the output of the layer, if it is asked for and the leader is the last of
+        them. Input and residual stream are without padding.
         """
-        seen: list[Tensor] = []
+        executor, seen, added = self._executor, list[Tensor](), list[Tensor]()
+        # Without the output of the leader and of later writers, the output of the layer is the
+        # residual stream to which the leader adds its output.
+        zeroed = writers.from_on(leader)
+        first = len(zeroed) == len(writers.names)
+        at_input = first and writers.add_to_input and not output
+        end = at_input or not zeroed
 
         def see(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = self._executor.without_padding(args[0], rows)
+            x = executor.without_padding(args[0], rows)
             seen.append(x.reshape(-1, x.shape[-1]))
-            if not zeroed:
+            if end:
                 raise ForwardEnded
 
-        stream = None
+        stream, linear = None, self._linear(leader)
         with (
-            self._linear(leader).register_forward_pre_hook(see),
+            linear.register_forward_pre_hook(see),
             suppress(ForwardEnded),
             silenced(map(self._linear, zeroed)),
+            kept_output(linear, added),
         ):
-            stream = self._executor.stream(layer, states[rows], rows=rows)
-            stream = self._executor.without_padding(stream, rows)
+            stream = executor.stream(layer, states[rows], rows=rows)
         assert seen, f"{leader} was called when the layer was recorded, but not now"
-        return seen[0], stream
+        if at_input:
+            stream = self._own(layer, states, rows)
+        whole = stream + added[0].reshape(stream.shape) if output and stream is not None else None
+        if stream is not None:
+            stream = executor.without_padding(stream, rows).flatten(0, -2)
+        return Seen(seen[0], stream, whole)
 
-    def _residual_writers(self, layer: int, module: nn.Module) -> list[str]:
-        """Return the linears of a layer that write to the residual stream, in order of use.
+    def _residual_writers(self, layer: int, module: nn.Module) -> Writers:
+        """Return the linears of a layer that write to the residual stream.
 
         The experts of a layer count as one: only their sum is as long as the stream.
         """
@@ -201,16 +244,25 @@ class SequentialCalibration:
         prefix = f"{self._executor.architecture.layer_names[layer]}."
         kind = (type(module), *(name.removeprefix(prefix) for name in names))
         if kind not in self._writers:
-            found, processes = list[str](), self._executor.context.processes
+            found, processes = Writers([]), self._executor.context.processes
             if processes.first:
+                linears = {name: self._linear(name) for name in names}
                 rows = self._executor.batches[0]
-                found = find_writers(
+                found = writers_of(
                     lambda: self._executor.stream(layer, self._dense[rows], rows=rows),
-                    [(name, self._linear(name)) for name in names],
+                    linears,
+                    self._own(layer, self._dense, rows),
                 )
             found = processes.agree(found)
-            self._writers[kind] = [name.removeprefix(prefix) for name in found]
-        return [prefix + name for name in self._writers[kind]]
+            short = [name.removeprefix(prefix) for name in found.names]
+            self._writers[kind] = replace(found, names=short)
+        known = self._writers[kind]
+        return replace(known, names=[prefix + name for name in known.names])
+
+    def _own(self, layer: int, states: Tensor, rows: slice) -> Tensor:
+        """Return a batch of the states that a layer receives, on the device."""
+        own = states[rows, self._executor.columns(layer)]
+        return on_device(own, self._device, self._executor.dtype)
 
     def _experts_of(self, linear: str) -> str | None:
         return experts_of(self._executor.architecture.model, linear)
@@ -222,14 +274,16 @@ class SequentialCalibration:
     def advance(self, layer: int) -> None:
         """Apply a layer to the states of both models, and discard its replaced weights."""
         with self._loaded(layer):
-            self._executor.advance_(layer, self._dense)
+            if self._dense_done < layer:
+                self._executor.advance_(layer, self._dense)
             with self._using_replaced():
                 self._executor.advance_(layer, self._compressed)
         self._replaced.clear()
 
     @contextmanager
-    def _loaded(self, layer: int) -> Iterator[nn.Module]:
-        with tensor_cores(self._device), self._executor.layer(layer) as module:
+    def _loaded(self, layer: int, *, again: bool = False) -> Iterator[nn.Module]:
+        """Load a layer; it is read `again` meanwhile if it will be loaded before any other."""
+        with tensor_cores(self._device), self._executor.layer(layer, again=again) as module:
             yield module
 
     @contextmanager
@@ -244,41 +298,3 @@ class SequentialCalibration:
         finally:
             for key, owner in owners.items():
                 owner._parameters[key[1]] = dense[key]
-
-
-@torch.no_grad()
-def find_writers(
-    forward: Callable[[], Tensor], linears: Sequence[tuple[str, nn.Module]]
-) -> list[str]:
-    """Return which of a layer's linears add their output to the hidden states unchanged.
-
-    `linears` are in order of use; `forward` applies the layer to some tokens.
-    """
-    found: dict[str, nn.Module] = {}
-    # From last to first: without the outputs of later writers, an output reaches the end of the
-    # layer only through the residual connection.
-    for name, linear in reversed(linears):
-        outputs: list[Tensor] = []
-
-        def see(_: nn.Module, __: object, y: Tensor, seen: list[Tensor] = outputs) -> None:
-            seen.append(y)
-
-        with linear.register_forward_hook(see, prepend=True), silenced(found.values()):
-            whole = forward()
-        if len(outputs) != 1 or outputs[0].numel() != whole.numel() or not bool(outputs[0].any()):
-            continue
-        y = outputs[0].reshape(whole.shape)  # some flatten all tokens into one dimension
-        with silenced([linear, *found.values()]):
-            unexplained = whole - forward() - y
-        if float(unexplained.norm()) <= TOLERANCE * float(y.norm()):
-            found[name] = linear
-    return [name for name, _ in linears if name in found]
-
-
-def silenced(linears: Iterable[nn.Module]) -> ExitStack:
-    """Let linears return zeros within the context; the model's own hooks still run after."""
-    hooks = ExitStack()
-    for linear in linears:
-        hook = linear.register_forward_hook(lambda _, __, y: torch.zeros_like(y), prepend=True)
-        hooks.enter_context(hook)
-    return hooks

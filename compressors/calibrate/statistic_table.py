@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lrc.compressors.calibrate.symmetric_storage import packed_numbers
 from lrc.compressors.models.architecture import Linear
+from lrc.compressors.solvers.linalg import add_gram_
 from lrc.compressors.solvers.moments import Moment, Statistics
 
 Required = Mapping[str, Collection[str]]
@@ -32,7 +33,9 @@ class RunningSums(dict[str, Tensor]):
     def add_square(self, key: str, x: Tensor) -> None:
         """Add the second moment [d, d] of tokens ``x`` [..., d]."""
         x = x.reshape(-1, x.shape[-1])  # [n_tokens, d]
-        self.add_product(key, x, x)
+        if key not in self:
+            self[key] = x.new_zeros(x.shape[1], x.shape[1])
+        add_gram_(self[key], x)
 
     def add_product(self, key: str, x: Tensor, y: Tensor) -> None:
         """Add ``x.T @ y`` of tokens ``x`` [n_tokens, d] and ``y`` [n_tokens, e].

@@ -162,12 +162,14 @@ class _Compression:
         self._divide(together, self.solver.compress_batch, store)
         if prefix is not None:
             # Weights compressed so far are inserted before the next inputs are measured.
-            for several in rounds(prefix.groups(layer), refit):
+            groups = prefix.groups(layer)
+            for several in rounds(groups, refit):
                 measured: dict[str, PrefixMoments] = {}
                 for names in several:
                     targets = [refit[name] for name in names if name in refit]
                     if targets:
-                        moments = measure(prefix, layer, names, targets)
+                        last = names == groups[-1]
+                        moments = measure(prefix, layer, names, targets, last=last)
                         measured |= {task.name: moments for task in targets}
                 if waiting := [refit.pop(name) for name in measured]:
                     alone = len(several) == 1

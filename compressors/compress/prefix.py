@@ -21,12 +21,19 @@ class Prefix(Protocol):
         """Return the linear layers of a decoder layer grouped by input, in execution order."""
 
     def measure(
-        self, layer: int, names: Sequence[str], *, deficit: bool, capped: bool, gated: bool
+        self,
+        layer: int,
+        names: Sequence[str],
+        *,
+        deficit: bool,
+        capped: bool,
+        gated: bool,
+        last: bool,
     ) -> PrefixMoments:
         """Return the moments of a common input, and with `deficit` what the residual stream lacks.
 
         With `capped` tokens are weighted by `token_weights`, and with `gated` those of experts by
-        the router. See `PrefixMoments`.
+        the router. With `last`, nothing else of the layer will be measured. See `PrefixMoments`.
         """
 
     def insert(self, name: str, W_hat: Tensor) -> None:
@@ -56,9 +63,17 @@ def rounds(
 
 
 def measure(
-    prefix: Prefix, layer: int, names: Sequence[str], targets: Sequence[LayerTask]
+    prefix: Prefix,
+    layer: int,
+    names: Sequence[str],
+    targets: Sequence[LayerTask],
+    *,
+    last: bool,
 ) -> PrefixMoments:
-    """Return the moments that the tasks of some linears with a common input need."""
+    """Return the moments that the tasks of some linears with a common input need.
+
+    `last` tells that nothing else of the layer will be measured.
+    """
     # Gradients are weighted by the router already, see `LinearStatistics.forward`.
     weighted = any({"gradients", "input_mean"} & {*task.statistics} for task in targets)
     return prefix.measure(
@@ -67,4 +82,5 @@ def measure(
         deficit=any(t.compensate and t.compensate.residual > 0 for t in targets),
         capped=all(caps_tokens(task) for task in targets),
         gated=not weighted,
+        last=last,
     )

@@ -31,9 +31,12 @@ ELEMENTWISE = 60
 """Elementwise operations on hidden states in a layer: norms, rotary embedding, activations."""
 BACKWARD_PASSES = 3
 """A backward pass repeats the forward pass and takes two more for the gradients."""
-COMPENSATION_PASSES = 7
-"""Compensation runs dense and compressed layers, once to measure every group of an attention or
-MLP block, and once to advance."""
+COMPENSATION_PASSES = 5
+"""Compensation runs dense and compressed layers up to the input of every group of linears, and the
+compressed ones once more to advance; the dense ones advance with the last measurement."""
+TRIANGLE = 1.25
+"""Time of the lower triangle of a symmetric product, relative to that of its multiplications in a
+whole product (CPU)."""
 VALUES_ONLY = 1 / 3
 """Time of eigenvalues alone, of that with their vectors."""
 CODE_PASSES, CODE_STEPS = 8, 2900
@@ -135,7 +138,8 @@ def _forward(
 
 def _calibration(work: Workload, rates: MachineRates) -> float:
     tokens, n_layers = work.tokens * work.window_share, len(work.layers)
-    seconds = _forward(work, rates, work.layers) + 2 * tokens * work.sum_flops / rates.products
+    seconds = _forward(work, rates, work.layers)
+    seconds += 2 * tokens * TRIANGLE * work.sum_products / rates.products
     if work.differentiates:
         seconds += BACKWARD_PASSES * _forward(work, rates, work.layers)
         head = work.heads or work.embedding
@@ -239,7 +243,7 @@ def _compensation(work: Workload, rates: MachineRates) -> float:
         together = max(1, EXPERT_BYTES // (2 * VALUE_BYTES * width**2))
         # The first pass of both models is one of those of a dense layer.
         passes += 2 * (math.ceil(number / together) - 1) / len(work.layers)
-    products = 2 * 2 * tokens * squares / rates.products
+    products = 2 * (TRIANGLE / 2 + 1) * tokens * squares / rates.products
     return passes * _forward(work, rates, work.layers) + products
 
 

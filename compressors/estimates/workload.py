@@ -285,9 +285,9 @@ class Workload:
         return statistic_segments(self.prepared)
 
     @property
-    def sum_flops(self) -> int:
-        """Multiplications of a token for all second moments."""
-        return sum(each // VALUE_BYTES for each in self.sum_bytes)
+    def sum_products(self) -> int:
+        """Multiplications of a token for all second moments, of each of which one triangle."""
+        return sum(each // VALUE_BYTES for each in self.statistics_bytes)
 
     @property
     def states(self) -> int:

@@ -92,7 +92,7 @@ class SliceWriter:
 
     def _slice_mlp(self, layer: int, mlp: Mlp) -> None:
         W, _ = self._read(mlp.output)
-        target, H = self._refit(layer, mlp.output, W, W)
+        target, H = self._refit(layer, mlp.output, W, W, last=True)
         narrowed = narrow(target, H, self.widths[layer], damp=self.damp)
         self.facts[-1]["lost_mlp"] = narrowed.lost
         self._note_fallback("mlp", narrowed.fallback)
@@ -144,12 +144,15 @@ class SliceWriter:
         self._put(attention.o, (kept.T, None))
         self._prefix.insert(attention.o, spread(kept, first, h).T)
 
-    def _refit(self, layer: int, linear: str, W: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+    def _refit(
+        self, layer: int, linear: str, W: Tensor, V: Tensor, *, last: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Refit V on the sliced model's inputs to the dense model's output with W.
 
-        Returns the weight [d_out, d_in] and the second moment [d_in, d_in] per token of the inputs.
+        `last` is for the last linear of a layer that is refit. Returns the weight [d_out, d_in] and
+        the second moment [d_in, d_in] per token of the inputs.
         """
-        found = self._prefix.measure(layer, [linear], deficit=True)
+        found = self._prefix.measure(layer, [linear], deficit=True, last=last)
         n_tokens = self._prefix.n_tokens
         H, cross = found.H.double() / n_tokens, found.cross.double() / n_tokens
         # The target is (1 - MIX) V x' + MIX W x + RESIDUAL (R - R'): where W and V differ, W does

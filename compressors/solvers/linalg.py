@@ -19,6 +19,7 @@ RANK_TOLERANCE = 1e-14
 
 
 TRIANGULAR_BLOCK = 512
+GRAM_BLOCK = 1024
 
 
 @contextmanager
@@ -51,6 +52,18 @@ def add_product_(total: Tensor, A: Tensor, B: Tensor) -> None:
         total.addmm_(A, B)
     else:
         total.baddbmm_(A, B)
+
+
+def add_gram_(total: Tensor, x: Tensor) -> None:
+    """Add ``x.T @ x`` of rows `x` [n, d] to a symmetric `total` [d, d].
+
+    The lower triangle is computed by blocks and copied to the upper one, which takes two thirds of
+    the time of a whole product or less.
+    """
+    for start in range(0, len(total), GRAM_BLOCK):
+        rows = slice(start, min(start + GRAM_BLOCK, len(total)))
+        total[rows, : rows.stop].addmm_(x[:, rows].T, x[:, : rows.stop])
+        total[:start, rows] = total[rows, :start].T
 
 
 def invert_triangular_(L: Tensor) -> None:

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from lrc.compressors.calibrate.layer_calls import watch
-from lrc.compressors.calibrate.sequential_calibration import find_writers
+from lrc.compressors.calibrate.residual_writers import find_writers
 from lrc.compressors.pipeline import compress
 from lrc.configs.errors import CheckpointError
 from lrc.configs.load import load_recipe

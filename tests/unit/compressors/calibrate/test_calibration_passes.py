@@ -13,6 +13,7 @@ from lrc.compressors.calibrate import statistics
 from lrc.compressors.calibrate.batch_size import BATCH_TOKENS
 from lrc.compressors.calibrate.calibration_context import CalibrationContext
 from lrc.compressors.calibrate.calibration_passes import logit_gradient
+from lrc.compressors.calibrate.layer_executor import LayerExecutor
 from lrc.compressors.calibrate.sequential_calibration import SequentialCalibration
 from lrc.compressors.io.journal import Journal
 from lrc.compressors.models.architecture import Architecture, build
@@ -299,24 +300,28 @@ def test_labels_that_do_not_count_have_no_gradient(source, architecture, reader,
         close(found.inputs.diagonal, x.square().sum(dim=0))
 
 
-@pytest.mark.parametrize("batch", [6, 4])
-def test_sequential_calibration_sees_the_inputs_of_the_replaced_model(
-    source, architecture, reader, tokens, tmp_path, monkeypatch, batch
-):
-    """Two layers replaced on the way; every input against hooks on two whole models."""
-    monkeypatch.setitem(BATCH_TOKENS, "cpu", batch * tokens.shape[1])
-    sequence = SequentialCalibration(
+def sequential(architecture, reader, tokens, folder) -> SequentialCalibration:
+    return SequentialCalibration(
         CalibrationContext(
             architecture,
             reader,
             lambda: tokens,
-            Journal(tmp_path),
+            Journal(folder),
             device="cpu",
             memory_limit_gib=1.0,
             seed=0,
             on_step=lambda *_: None,
         )
     )
+
+
+@pytest.mark.parametrize("batch", [6, 4])
+def test_sequential_calibration_sees_the_inputs_of_the_replaced_model(
+    source, architecture, reader, tokens, tmp_path, monkeypatch, batch
+):
+    """Two layers replaced on the way; every input against hooks on two whole models."""
+    monkeypatch.setitem(BATCH_TOKENS, "cpu", batch * tokens.shape[1])
+    sequence = sequential(architecture, reader, tokens, tmp_path)
     models = [AutoModelForCausalLM.from_pretrained(source).eval() for _ in range(2)]
     g = torch.Generator().manual_seed(2)
 
@@ -365,3 +370,32 @@ def test_sequential_calibration_sees_the_inputs_of_the_replaced_model(
                 sequence.insert(name, module.weight.data)
         sequence.advance(layer)
     assert all(p.is_meta for p in architecture.model.parameters())
+
+
+def test_dense_states_advance_with_the_last_measurement(
+    architecture, reader, tokens, tmp_path, monkeypatch
+):
+    """Without another pass through the layer, and with the same numbers."""
+    passes = []
+    advance = LayerExecutor.advance_
+    monkeypatch.setattr(
+        LayerExecutor, "advance_", lambda *args: passes.append(args[1]) or advance(*args)
+    )
+    found = {}
+    for fused in (False, True):
+        sequence = sequential(architecture, reader, tokens, tmp_path / str(fused))
+        g, found[fused] = torch.Generator().manual_seed(3), []
+        passes.clear()
+        for layer in range(LAYERS):
+            groups = sequence.groups(layer)
+            for names in groups:
+                last = fused and names == groups[-1]
+                moments = sequence.measure(layer, names, deficit=True, last=last)
+                found[fused] += [moments.H, moments.cross, *moments.deficit.values()]
+                for name in names:
+                    W = reader.read(f"{name}.weight")
+                    sequence.insert(name, W + 0.05 * torch.randn(W.shape, generator=g))
+            sequence.advance(layer)
+        assert len(passes) == (LAYERS if fused else 2 * LAYERS)
+    for plain, fused in zip(found[False], found[True], strict=True):
+        assert torch.equal(plain, fused)

@@ -6,6 +6,7 @@ import torch
 from lrc.compressors.solvers import linalg
 from lrc.compressors.solvers.linalg import (
     MAX_DAMP,
+    add_gram_,
     damped,
     descending_eigh,
     inverse_of_factored_,
@@ -108,3 +109,14 @@ def test_blocks_invert_a_triangle_and_use_one_triangle_of_a_moment(
     before = H.clone()
     assert weighted_error(W, 0 * W, H) == pytest.approx(float((W @ H * W).sum()), rel=1e-12)
     assert torch.equal(H, before)
+
+
+def test_gram_matrix_by_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two batches, with a last block that is smaller; symmetric to the last digit."""
+    monkeypatch.setattr(linalg, "GRAM_BLOCK", 5)
+    x = torch.randn(40, 13, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    total = torch.zeros(13, 13, dtype=torch.float64)
+    for part in x.split(25):
+        add_gram_(total, part)
+    torch.testing.assert_close(total, x.T @ x, rtol=1e-13, atol=1e-13)
+    assert torch.equal(total, total.T)

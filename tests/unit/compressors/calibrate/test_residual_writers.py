@@ -6,7 +6,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from lrc.compressors.calibrate.sequential_calibration import find_writers, silenced
+from lrc.compressors.calibrate.residual_writers import find_writers, silenced, writers_of
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 64}
 MLP = {"intermediate_size": 48, "num_key_value_heads": 2, "pad_token_id": 0}
@@ -57,3 +57,34 @@ def test_writers_are_the_layers_whose_outputs_are_added_to_the_stream(family: st
         with torch.no_grad():
             model(tokens, use_cache=False)
         torch.testing.assert_close(stream, seen[0])
+
+
+class Block(nn.Module):
+    """Two linears, each added to the stream, which is scaled or rounded on the way."""
+
+    def __init__(self, scale: float = 1.0, *, rounded: bool = False) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.scale, self.rounded = scale, rounded
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.scale * x
+        x = x + self.first(x.sin())
+        y = x + self.second(x.cos())
+        return y.bfloat16().float() if self.rounded else y
+
+
+@pytest.mark.parametrize(
+    ("block", "add_to_input", "last_is_added"),
+    [(Block(), True, True), (Block(1.5), False, True), (Block(rounded=True), False, False)],
+)
+def test_composition_of_the_output(block: Block, add_to_input: bool, last_is_added: bool) -> None:
+    """Of a scaled stream, the writers are known, but not that its input is what they add to."""
+    x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = writers_of(lambda: block(x), dict(block.named_children()), x)
+    assert found.names == ["first", "second"]
+    assert (found.add_to_input, found.last_is_added) == (add_to_input, last_is_added)
+    assert found.from_on("first") == ["first", "second"]
+    assert found.from_on("second") == ["second"]
+    assert found.from_on("third") == []

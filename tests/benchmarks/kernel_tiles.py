@@ -1,6 +1,6 @@
 """Find the fastest division of the CUDA kernels for few tokens, relative to cuBLAS in bfloat16.
 
-usage: python -m tests.benchmarks.kernels [--shapes 4096x4096,...] [--rows 1,16]
+usage: python -m tests.benchmarks.kernel_tiles [--shapes 4096x4096,...] [--rows 1,16]
            [--forms int4-g64,int8,4:8,groups]
 
 Every time is the median over replays of a CUDA graph that multiplies by different matrices in turn,
