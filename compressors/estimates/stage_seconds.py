@@ -49,9 +49,11 @@ MATRIX_SECONDS = {"cpu": 0.0, "cuda": 0.01}
 solved by some dozens of operations there (H200)."""
 READING_TEXT = 0.5
 """Seconds to read and tokenize a text."""
-LOADING = {"cpu": 0.2, "cuda": 0.3}
+LOADING = {"cpu": 0.2, "cuda": 0.45}
 """Seconds to load a tokenizer and make a model, besides reading its weights; on a GPU, its first
 operations start slowly, too."""
+STARTING = {"cpu": 0.0, "cuda": 0.5}
+"""Seconds until a GPU has loaded the libraries of a run."""
 
 
 def stage_seconds(work: Workload, rates: MachineRates) -> dict[str, float]:
@@ -117,7 +119,7 @@ def stage_seconds(work: Workload, rates: MachineRates) -> dict[str, float]:
             seconds["baselines"] = number * a_baseline
     if work.tokens:
         first = next(stage for stage in ("slice", "calibrate", "compress") if stage in seconds)
-        seconds[first] += READING_TEXT
+        seconds[first] += READING_TEXT + STARTING[work.kind]
     return seconds
 
 
