@@ -49,10 +49,10 @@ MATRIX_SECONDS = {"cpu": 0.0, "cuda": 0.01}
 solved by some dozens of operations there (H200)."""
 READING_TEXT = 0.5
 """Seconds to read and tokenize a text."""
-LOADING = {"cpu": 0.2, "cuda": 0.45}
+LOADING = {"cpu": 0.2, "cuda": 0.4}
 """Seconds to load a tokenizer and make a model, besides reading its weights; on a GPU, its first
 operations start slowly, too."""
-STARTING = {"cpu": 0.0, "cuda": 0.5}
+STARTING = {"cpu": 0.0, "cuda": 0.3}
 """Seconds until a GPU has loaded the libraries of a run."""
 
 
