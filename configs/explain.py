@@ -27,10 +27,13 @@ def explain(error: ValidationError, value: Any, shape: Shape, places: Places) ->
     errors = error.errors(include_url=False, include_input=False)
     for each in errors:
         if each["type"] == "value_error":
-            path = _written(each["loc"], value)
-            found.append((path, ("conflicting-keys", str(each["ctx"]["error"]))))
+            path, refused = _written(each["loc"], value)
+            code = "conflicting-keys" if isinstance(refused, dict) else "unknown-value"
+            found.append((path, (code, str(each["ctx"]["error"]))))
     if not found:  # a rule that `Shape` does not know
-        found = [(_written(each["loc"], value), ("invalid-value", each["msg"])) for each in errors]
+        found = [
+            (_written(each["loc"], value)[0], ("invalid-value", each["msg"])) for each in errors
+        ]
     return [problem_at(path, *message, places) for path, message in dict.fromkeys(found)]
 
 
@@ -101,12 +104,15 @@ def _unknown_key(
     return "unknown-key", f"unknown key; {remedy} {allow}"
 
 
-def _written(location: tuple[str | int, ...], value: Any) -> Path:
-    """Keep of pydantic's location what exists in the recipe: it adds tags and short-form keys."""
+def _written(location: tuple[str | int, ...], value: Any) -> tuple[Path, Any]:
+    """Keep of pydantic's location what exists in the recipe: it adds tags and short-form keys.
+
+    Returns the rest of the location, and the value there.
+    """
     path: Path = ()
     for step in location:
         is_key = isinstance(value, dict) and step in value
         is_index = isinstance(value, list) and isinstance(step, int) and step < len(value)
         if is_key or is_index:
             path, value = (*path, step), value[step]
-    return path
+    return path, value

@@ -56,8 +56,16 @@ class Chain:
         return self.dense @ self._was(before).T, self.now @ self._is(before).T
 
     def measure(
-        self, layer: int, names: Sequence[str], *, deficit: bool, capped: bool, gated: bool
+        self,
+        layer: int,
+        names: Sequence[str],
+        *,
+        deficit: bool,
+        capped: bool,
+        gated: bool,
+        last: bool,
     ) -> PrefixMoments:
+        assert last == names[0].endswith(".out")
         self.log.append(("measure", *names))
         self.capped.add(capped)
         X, now = self.inputs(layer, names[0])

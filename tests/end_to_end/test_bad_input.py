@@ -175,6 +175,12 @@ OVERRIDES: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
         "evaluate.gates[0].metric",
         ("did you mean 'perplexity.english'?",),
     ),
+    "a gate without a number": (
+        "evaluate.gates=['perplexity.english <= low']",
+        "unknown-value",
+        "evaluate.gates[0]",
+        ("must be a gate such as", "got 'perplexity.english <= low'"),
+    ),
     "tasks from nowhere": (
         "evaluate.tasks={names: [a], include_path: nowhere}",
         "invalid-recipe",
