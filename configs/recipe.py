@@ -165,6 +165,15 @@ class Perplexity(Strict):
             object.__setattr__(self, "name", PureWindowsPath(self.source).stem)  # / or \\
         return self
 
+    @model_validator(mode="after")
+    def _holds_a_window(self) -> "Perplexity":
+        if self.tokens is not None and self.tokens < self.window:
+            raise ValueError(
+                f"'tokens' must be at least 'window', {self.window:,}, got {self.tokens:,}; raise "
+                "'tokens' or lower 'window'"
+            )
+        return self
+
 
 class Tasks(Strict):
     """lm-eval tasks. Short form: a list of names."""

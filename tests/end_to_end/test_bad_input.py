@@ -181,6 +181,12 @@ OVERRIDES: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
         "evaluate.gates[0]",
         ("must be a gate such as", "got 'perplexity.english <= low'"),
     ),
+    "a text shorter than its windows": (
+        "evaluate.perplexity=[{source: python-docs, tokens: 1000}]",
+        "conflicting-keys",
+        "evaluate.perplexity[0]",
+        ("'tokens' must be at least 'window', 2,048, got 1,000", "lower 'window'"),
+    ),
     "tasks from nowhere": (
         "evaluate.tasks={names: [a], include_path: nowhere}",
         "invalid-recipe",
