@@ -129,16 +129,16 @@ class SequentialCalibration:
                 if capped:
                     weights = token_weights(x_hat, executor.window or len(x_hat)).sqrt()
                     x, x_hat = weights * x, weights * x_hat
-                if output is not None:
-                    copy_(self._dense[rows], output)
-                drop_shared_pages(self._dense[rows])
-                drop_shared_pages(self._compressed[rows])
                 sums.add_square("H", x_hat)
                 sums.add_product("cross", x, x_hat)
                 if stream is not None and stream_hat is not None:
                     missing = stream - stream_hat
                     sums.add_product("deficit", weights * missing if capped else missing, x_hat)
                 ordered.add_(sums)
+                if output is not None:  # inputs can be views of the states
+                    copy_(self._dense[rows], output)
+                drop_shared_pages(self._dense[rows])
+                drop_shared_pages(self._compressed[rows])
             if finish:
                 self._dense_done = layer
         found = ordered.total()
