@@ -62,8 +62,8 @@ class Chain:
         *,
         deficit: bool,
         capped: bool,
-        gated: bool,
         last: bool,
+        **_: bool,
     ) -> PrefixMoments:
         assert last == names[0].endswith(".out")
         self.log.append(("measure", *names))

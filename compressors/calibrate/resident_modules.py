@@ -54,7 +54,7 @@ class ResidentModules:
     def layer(self, index: int, *, again: bool = False) -> Iterator[nn.Module]:
         """Load one decoder layer, and start to read the next in the direction of the pass.
 
-        Or, if this layer is to be loaded `again` before any other, read it once more.
+        With `again`, for a layer that will be loaded once more before any other, read it instead.
         """
         with self._layer_alone(index, again=again) as layer:
             yield layer

@@ -198,11 +198,11 @@ class SequentialCalibration:
         writers: Writers,
         output: bool = False,
     ) -> Seen:
-        """Apply a layer to a batch of the states up to the input of the linear `leader`.
+        """Apply a layer to a batch of the states, and return what the linear `leader` receives.
 
-        Further only if this is needed: for the residual stream, if the leader is one of the
-        `writers`, and for the output of the layer, if it is asked for and the leader is the last of
-        them. Input and residual stream are without padding.
+        If the leader is one of the `writers`, the residual stream is returned too, and with
+        `output`, which is only for the last of them, the output of the layer. The layer stops at
+        the leader where the rest of it is not needed. Input and residual stream have no padding.
         """
         executor, seen, added = self._executor, list[Tensor](), list[Tensor]()
         # Without the output of the leader and of later writers, the output of the layer is the
@@ -229,10 +229,10 @@ class SequentialCalibration:
         assert seen, f"{leader} was called when the layer was recorded, but not now"
         if at_input:
             stream = self._own(layer, states, rows)
-        whole = stream + added[0].reshape(stream.shape) if output and stream is not None else None
-        if stream is not None:
-            stream = executor.without_padding(stream, rows).flatten(0, -2)
-        return Seen(seen[0], stream, whole)
+        if stream is None:
+            return Seen(seen[0], None, None)
+        whole = stream + added[0].reshape(stream.shape) if output else None
+        return Seen(seen[0], executor.without_padding(stream, rows).flatten(0, -2), whole)
 
     def _residual_writers(self, layer: int, module: nn.Module) -> Writers:
         """Return the linears of a layer that write to the residual stream.
@@ -282,7 +282,7 @@ class SequentialCalibration:
 
     @contextmanager
     def _loaded(self, layer: int, *, again: bool = False) -> Iterator[nn.Module]:
-        """Load a layer; it is read `again` meanwhile if it will be loaded before any other."""
+        """Load a layer; for `again`, see `ResidentModules.layer`."""
         with tensor_cores(self._device), self._executor.layer(layer, again=again) as module:
             yield module
 
